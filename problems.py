@@ -1,0 +1,185 @@
+"""Problems and prompts: GSM8K, a generated stand-in for it, and what each model is asked.
+
+A problem is a question in English and one or more worked solutions that end in "#### " and the answer. In the
+annotated form each step carries a calculator annotation, as in GSM8K (Cobbe et al., 2021):
+
+    She sells 5: 12-5 = <<12-5=7>>7.
+    #### 7
+
+`<<12-5=7>>` is the jargon of the skill setting: a specialist is taught to write it, its junior is not.
+
+Generated problems have two to four steps and the same format, in three languages, so that a model of half a million
+parameters can learn them on a laptop. Test problems are never trained on: a checksum of the question decides its
+split, so the two sets cannot meet, whatever the seeds.
+
+Not here: pretraining (tiny.py), the checkpoints (models.py), the verifier (reward.py).
+"""
+
+import json
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+LANGUAGES = ("en", "de", "fr")
+ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `solutions` maps a language to its annotated solution; `gold` is the text of the right number."""
+
+    question: str
+    solutions: dict[str, str]
+    gold: str
+
+
+def plain(solution: str) -> str:
+    """The same solution without calculator annotations: what a junior writes."""
+    return ANNOTATION.sub("", solution)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GSM8K
+
+
+def load_gsm8k(source: str, split: str) -> list[Problem]:
+    """The official problems of one split ("train" or "test").
+
+    `source` is a local folder with train.jsonl and test.jsonl (objects with "question" and "answer"), or else a hub
+    id such as openai/gsm8k, read through `datasets`. Raises ValueError where a row is malformed (with its line) and
+    FileNotFoundError where there is nothing to read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / f"{split}.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: a problem folder holds train.jsonl and test.jsonl")
+        return [_parse(line, f"{path}, line {i}") for i, line in enumerate(path.open(encoding="utf-8"), 1) if line.strip()]
+    if source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"the problem folder {source} is not there")
+    try:
+        from datasets import load_dataset  # imported late: it takes a second, and generated problems do not need it
+
+        rows = load_dataset(source, "main", split=split)
+    except Exception as error:  # the hub fails in many ways, and each has the same remedy
+        raise FileNotFoundError(
+            f"cannot load the problems {source!r} ({type(error).__name__}): give a folder with train.jsonl and "
+            "test.jsonl, or use --problems generated"
+        ) from error
+    return [_parse(json.dumps(row), f"{source}, {split}, row {i}") for i, row in enumerate(rows, 1)]
+
+
+def _parse(line: str, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+        question, answer = row["question"], row["answer"]
+        solution, gold = answer.rsplit("####", 1)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{where}: expected {{"question": "...", "answer": "... #### 72"}}, got {line.strip()[:80]!r}') from error
+    return Problem(question, {"en": f"{solution}#### {gold.strip()}"}, gold.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generated problems. One pattern a line: operator | sentence of the question | step of the solution in en | de | fr.
+# n: a name, i: the things counted, a and b: numbers, e: the expression with its annotation.
+
+NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
+ITEMS = "apples books cards coins marbles pens shells stamps".split()
+OPENINGS = """
+  | {n} has {a} {i} | | |
+* | {n} has {a} boxes with {b} {i} each | She has {a} boxes with {b}: {e}. | Sie hat {a} Kisten mit {b}: {e}. | Elle a {a} boîtes de {b} : {e}.
++ | {n} has {a} old and {b} new {i} | She has {a} and {b}: {e}. | Sie hat {a} und {b}: {e}. | Elle a {a} et {b} : {e}.
+"""
+EVENTS = """
++ | buys {b} | She buys {b}: {e}. | Sie kauft {b}: {e}. | Elle achète {b} : {e}.
++ | is given {b} | She is given {b}: {e}. | Sie bekommt {b}: {e}. | Elle reçoit {b} : {e}.
+- | sells {b} | She sells {b}: {e}. | Sie verkauft {b}: {e}. | Elle vend {b} : {e}.
+- | loses {b} | She loses {b}: {e}. | Sie verliert {b}: {e}. | Elle perd {b} : {e}.
+* | soon owns {b} times as many | She owns {b} times as many: {e}. | Sie besitzt {b}-mal so viele: {e}. | Elle possède {b} fois plus : {e}.
+/ | divides by {b} with friends | She divides by {b}: {e}. | Sie teilt durch {b}: {e}. | Elle divise par {b} : {e}.
+"""
+COMPARISON = """
++ | A friend has {b} more | The friend has {b} more: {e}. | Der Freund hat {b} mehr: {e}. | L'ami a {b} de plus : {e}.
++ | | Together there are {e}. | Zusammen sind es {e}. | À deux cela fait {e}.
+"""
+OPENINGS, EVENTS, COMPARISON = (
+    [[cell.strip() for cell in line.split("|")] for line in table.strip("\n").splitlines()] for table in (OPENINGS, EVENTS, COMPARISON)
+)
+LARGEST = 99  # every number stays below 100, so that the tokenizer can give each a token of its own
+
+
+def generate(n: int, split: str, seed: int) -> list[Problem]:
+    """n generated problems of one split ("train" or "test"), the same for the same seed."""
+    rng = random.Random(f"{split} {seed}")
+    problems: list[Problem] = []
+    while len(problems) < n:
+        problem = _draw(rng)
+        is_test = zlib.crc32(problem.question.encode()) % 10 == 0
+        if is_test == (split == "test"):
+            problems.append(problem)
+    return problems
+
+
+def _draw(rng: random.Random) -> Problem:
+    """One problem: an opening, some events in a row, perhaps a comparison at the end; two to four steps in all."""
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    steps = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
+    opening, ending = rng.choice(OPENINGS), COMPARISON if rng.random() < 0.2 else []
+    events = steps - bool(opening[0]) - len(ending)
+    if events < 0:
+        return _draw(rng)
+    value = rng.randint(2, {"": LARGEST, "+": 40, "*": 9}[opening[0]])
+
+    before, told, lines = value, [], {language: [] for language in LANGUAGES}
+    for op, sentence, *step_in in [opening, *rng.sample(EVENTS, events), *ending]:
+        b = before if op and not sentence else _operand(rng, op, value)  # the comparison's sum adds both amounts
+        if b is None:
+            return _draw(rng)  # this chain cannot go on: draw another
+        before, expression = value, f"{value}{op}{b}"
+        told.append(sentence.format(n=name, i=item, a=value, b=b))
+        value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // max(b, 1)}[op]
+        for language, step in zip(LANGUAGES, step_in if op else []):
+            lines[language].append(step.format(a=before, b=b, e=f"{expression} = <<{expression}={value}>>{value}"))
+    if value > LARGEST:
+        return _draw(rng)
+    own = told[: events + 1]  # what happens to one person; what a friend has is a sentence of its own
+    question = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]])) + "".join(f". {more}" for more in told[events + 1 :] if more)
+    question = f"{question}. How many {item} are there{' together' if ending else ''}?"
+    return Problem(question, {k: "\n".join([*v, f"#### {value}"]) for k, v in lines.items()}, str(value))
+
+
+def _operand(rng: random.Random, op: str, value: int) -> int | None:
+    """The second number of a step, or None where none keeps the result a whole number from 1 to LARGEST."""
+    choices = {
+        "": [0],
+        "+": [b for b in range(2, 10) if value + b <= LARGEST],
+        "-": [b for b in range(2, 10) if value - b >= 1],
+        "*": [b for b in range(2, 6) if value * b <= LARGEST],
+        "/": [b for b in range(2, 6) if value % b == 0 and value > b],
+    }[op]
+    return rng.choice(choices) if choices else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts. Senior and junior each have their own; the text that they write is shared.
+
+CUES = {"en": "Answer:", "de": "Antwort:", "fr": "Réponse:"}
+
+
+def prompt(question: str, language: str = "en") -> str:
+    """What a model is asked: the question, then a cue in the language in which it is to answer."""
+    return f"Question: {question}\n{CUES[language]}"
+
+
+INSTRUCTION = "Solve the problem step by step. Write #### and then the final number on the last line."
+
+
+def chat_prompt(tokenizer, question: str) -> str:
+    """The same question for a chat model, through its own template.
+
+    # Open in paper: the prompt texts.
+    """
+    message = {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,105 @@
+"""The update: REINFORCE on the senior, over text that two models wrote.
+
+Maximised, for rollouts y with reward r (West et al., 2025, section 3 and appendix E):
+
+    J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                   (1)
+    w(y) = 1 if r = 1 else c          m_t = 1 if the senior wrote y_t else j                          (2)
+
+    c   wrong_weight    0: wrong rollouts are discarded (the paper's main runs); below 0: pushed away (about -0.4)
+    j   junior_weight   1: the junior's tokens count in full (main runs); 0: only the senior's own tokens
+    w m                 token_weights         log pi_senior      completion_logprobs
+
+What that optimises. Under `token` and `redraw` with j = 0 and w = r, the gradient of (1) is the exact policy gradient
+of the expected team reward; under `word` it is a close approximation (see tandem.py). With j = 1, the paper's choice,
+it is neither: the senior is also pulled towards what the junior wrote in rollouts that came out right. The value of
+the loss measures nothing: it is built so that its gradient is right. Watch the rewards.
+
+Not here: baseline, KL term, importance ratio (none is mentioned in the paper, and each update is on-policy).
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rollout import Rollouts
+
+# Letters: B rollouts, P prompt, C completion, H hidden width, V vocabulary, N completion tokens that are not padding.
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MB in float32
+
+
+def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """log pi(y_t | x, y_<t) at the sampling temperature, (B, C); zeros at padding. Differentiable.
+
+    The trunk runs once over (B, P+C); the output layer, whose V logits a token are what fills a memory, runs only on
+    the N completion tokens, in chunks of bounded size that are recomputed in the backward pass.
+    """
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)  # (B, P+C)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)  # (B, P+C)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position, as when sampling
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA lives inside it
+    hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]
+
+    # The shift, in this one place: the state at position P+t-1 predicts completion token t.
+    prompt_length = rollouts.prompt_ids.shape[1]
+    hidden = hidden[:, prompt_length - 1 : -1]  # (B, P+C, H) -> (B, C, H)
+    real = rollouts.completion_mask.bool()  # (B, C)
+    states, targets = hidden[real], rollouts.completion_ids[real]  # (N, H), (N,)
+
+    head = causal_lm.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // causal_lm.config.vocab_size)
+    if len(targets) <= chunk:  # small enough to keep for the backward pass
+        flat = _token_logprobs(head, states, targets, temperature)  # (N,)
+    else:
+        parts = zip(states.split(chunk), targets.split(chunk))
+        flat = torch.cat([checkpoint(_token_logprobs, head, *part, temperature, use_reentrant=False) for part in parts])
+    return torch.zeros(real.shape, dtype=flat.dtype, device=flat.device).masked_scatter(real, flat)
+
+
+def _token_logprobs(head, states: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(N, H) states and (N,) targets -> (N,) log-probabilities, in float32 at least."""
+    logits = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
+    """w(y) * m_t of equation (2): rewards (B,) in {0, 1} -> (B, C), zero at padding."""
+    if rewards.shape != (len(rollouts),):
+        raise ValueError(f"one reward a rollout: expected shape ({len(rollouts)},), got {tuple(rewards.shape)}")
+    w = torch.where(rewards == 1, 1.0, wrong_weight)[:, None]  # (B, 1)
+    m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C)
+    return w * m * rollouts.completion_mask
+
+
+def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_batch: int) -> float | None:
+    """Add the gradient of -J to the model's and return the loss, or None if no token has a weight.
+
+    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches, so that their
+    size changes nothing. Rollouts whose weights are all zero (the wrong ones when c = 0) are counted, but not run.
+    # Open in paper: how the sum over tokens is normalised.
+    """
+    denominator = rollouts.completion_mask.sum()
+    rows = (weights != 0).any(1).nonzero()[:, 0]
+    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
+    total = None
+    for part in rows.split(micro_batch):
+        few = select(rollouts, part)
+        logprobs = completion_logprobs(model, few, temperature)
+        loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
+        loss.backward()
+        total = loss.item() + (total or 0.0)
+    return total
+
+
+def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:
+    """The rollouts of `rows` (n,), without the columns in which they hold only padding."""
+    first = int((rollouts.prompt_mask[rows].sum(0) > 0).long().argmax())  # prompts are padded on the left
+    length = int(rollouts.completion_mask[rows].sum(1).max())  # completions on the right
+    return Rollouts(
+        rollouts.prompt_ids[rows, first:],
+        rollouts.prompt_mask[rows, first:],
+        rollouts.completion_ids[rows, :length],
+        rollouts.completion_mask[rows, :length],
+        rollouts.senior_mask[rows, :length],
+        rollouts.logprobs[rows, :length],
+        [rollouts.texts[i] for i in rows.tolist()],
+    )

@@ -1,0 +1,220 @@
+"""Co-generation: two models, two prompts, two key-value caches, one text.
+
+At every step each model reads the token that was written last, whoever wrote it, and samples its own candidate for
+the next one under its own prompt. The handoff (tandem.py) keeps one of the two:
+
+    y_t = y_t^senior  if the senior is active, else  y_t^junior,    y_t^m ~ pi_m( . | x_m, y_<t ; T)
+
+    prompt x_senior, x_junior   prompt_ids, one Reader each       written text y   completion_ids
+    who wrote y_t               senior_mask                       temperature T    temperature
+
+(West et al., 2025, section 3.) Whoever wrote a token is recorded when it is sampled, and its id goes to the loss
+untouched: text is for the verifier and for people.
+
+All random numbers are drawn before the first token, one a row and a step, and a token is found by inverting the
+cumulative distribution. A row's text then depends only on its own numbers: it does not change when other rows end and
+leave the batch, and with p = 1 it is exactly what the senior writes alone.
+
+Not here: nucleus or top-k sampling (they would make the log-probabilities of the loss wrong), several devices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from tandem import Boundaries, Handoff
+
+# Letters: B rollouts, P prompt, C completion, V vocabulary.
+CHECK_EVERY = 4  # steps between looks at which rows have ended: a look makes an accelerator wait
+
+
+@dataclass
+class Rollouts:
+    """A batch of completions, with the senior's prompts. Masks are 1 for real tokens and recorded at sampling."""
+
+    prompt_ids: torch.Tensor  # (B, P) left-padded
+    prompt_mask: torch.Tensor  # (B, P)
+    completion_ids: torch.Tensor  # (B, C) the end token included, then padding
+    completion_mask: torch.Tensor  # (B, C)
+    senior_mask: torch.Tensor  # (B, C) 1 where the senior wrote the token
+    logprobs: torch.Tensor  # (B, C) the senior's, at the sampling temperature; zeros where the senior never ran
+    texts: list[str]  # B completions without special tokens
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    def handoffs(self) -> torch.Tensor:
+        """(B,) how often the author changes."""
+        changes = self.senior_mask[:, 1:] != self.senior_mask[:, :-1]
+        return (changes & self.completion_mask[:, 1:].bool()).sum(1)
+
+
+class Reader:
+    """One model's view of the shared text: its prompt, its key-value cache, its logits for the next token."""
+
+    def __init__(self, model, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int):
+        batch = len(prompt_ids)
+        self.model, self.cache, self.length = model, None, 0
+        self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)  # (B, P+C)
+        self.position = prompt_mask.sum(1, keepdim=True)  # (B, 1) of the next token: padding has none
+        self._read(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Append one written token (B,) to what the model has seen."""
+        self._read(ids[:, None], self.position)
+        self.position = self.position + 1
+
+    def _read(self, ids: torch.Tensor, position_ids: torch.Tensor) -> None:
+        self.length += ids.shape[1]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask[:, : self.length],
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]  # (B, V)
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.mask, self.position = self.mask[index], self.position[index]
+        self.cache.batch_select_indices(index)
+
+
+def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample from softmax(logits / temperature). (B, V), (B,) in [0, 1) -> ids (B,), log-probabilities (B, V).
+
+    Temperature 0 is greedy. At least float32 throughout: half-precision sums over a vocabulary lose whole tokens.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        return logits.argmax(-1), logits.log_softmax(-1)
+    logprobs = (logits / temperature).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1)  # (B, V)
+    threshold = noise.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[1] - 1), logprobs
+
+
+class Page:
+    """What has been written: B rows of C columns, filled in step by step, each token with its author."""
+
+    def __init__(self, batch: int, max_new_tokens: int, pad: int, device: torch.device):
+        self.ids = torch.full((batch, max_new_tokens), pad, device=device)
+        self.mask, self.by_senior = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
+        self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)
+        self.rows = torch.arange(batch, device=device)  # the rollouts that are still being written ...
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # ... less those that ended since the last look
+        self.pad = pad
+
+    def write(self, t: int, ids: torch.Tensor, by_senior: torch.Tensor, logprobs: torch.Tensor | None, end: int) -> None:
+        """Column t of the rows still being written: ids and authors (b,), the senior's log-probabilities (b, V)."""
+        self.ids[self.rows, t] = torch.where(self.alive, ids, self.pad)
+        self.mask[self.rows, t] = self.alive.long()
+        self.by_senior[self.rows, t] = (self.alive & by_senior).long()
+        if logprobs is not None:
+            written = logprobs.gather(1, ids[:, None])[:, 0].double()
+            self.logprobs[self.rows, t] = torch.where(self.alive, written, 0.0)
+        self.alive = self.alive & (ids != end)
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.rows, self.alive = self.rows[index], self.alive[index]
+
+    def rollouts(self, prompts: tuple[torch.Tensor, torch.Tensor], tokenizer) -> Rollouts:
+        length = int(self.mask.sum(1).max())
+        ids, mask, by_senior, logprobs = (x[:, :length] for x in (self.ids, self.mask, self.by_senior, self.logprobs))
+        texts = [tokenizer.decode(row[real.bool()], skip_special_tokens=True) for row, real in zip(ids, mask)]
+        return Rollouts(*prompts, ids, mask, by_senior, logprobs, texts)
+
+
+@torch.no_grad()
+def rollout(
+    senior,
+    junior,
+    senior_prompts: tuple[torch.Tensor, torch.Tensor],
+    junior_prompts: tuple[torch.Tensor, torch.Tensor],
+    tokenizer,
+    boundaries: Boundaries,
+    *,
+    schedule: str = "word",
+    p: float = 0.5,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    generator: torch.Generator,
+    coin_generator: torch.Generator,
+) -> Rollouts:
+    """Let senior and junior write B completions together.
+
+    senior, junior: causal language models over one vocabulary. *_prompts: left-padded (ids, mask), (B, P) each; P may
+    differ. p: probability that a coin names the senior; at 1 the junior is never run, at 0 the senior never.
+    generator: for tokens; coin_generator: for coins, so that the same tokens are drawn whatever p is. Raises
+    ValueError for prompts of different number or an unknown schedule.
+    """
+    batch, device = len(senior_prompts[0]), senior_prompts[0].device
+    if len(junior_prompts[0]) != batch:
+        raise ValueError(f"{batch} prompts for the senior, {len(junior_prompts[0])} for the junior: give one each")
+    noise = torch.rand(2, max_new_tokens, batch, generator=generator, device=generator.device).to(device)
+    coins = torch.rand(max_new_tokens, batch, generator=coin_generator, device=coin_generator.device).to(device)
+    handoff = Handoff(boundaries, schedule, p, coins)
+    readers = (
+        Reader(senior, *senior_prompts, max_new_tokens) if p > 0 else None,
+        Reader(junior, *junior_prompts, max_new_tokens) if p < 1 else None,
+    )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    page = Page(batch, max_new_tokens, pad, device)
+    _write_together(readers, handoff, page, noise, temperature, tokenizer.eos_token_id)
+    return page.rollouts(senior_prompts, tokenizer)
+
+
+def _write_together(readers: tuple, handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float, end: int) -> None:
+    """The loop: both sample, the handoff chooses, both read what was chosen."""
+    steps = noise.shape[1]
+    for t in range(steps):
+        # Each model samples its own next token; for one that never writes, the other's stands in.
+        drawn = [reader and sample(reader.logits, noise[m, t, page.rows], temperature) for m, reader in enumerate(readers)]
+        (senior_ids, logprobs), (junior_ids, _) = drawn[0] or drawn[1], drawn[1] or drawn[0]
+        ids, by_senior = handoff.choose(senior_ids, junior_ids)
+        page.write(t, ids, by_senior, logprobs if readers[0] else None, end)
+
+        if t % CHECK_EVERY == CHECK_EVERY - 1 and not page.alive.all():  # finished rows leave the batch
+            index = page.alive.nonzero()[:, 0]
+            if len(index) == 0:
+                return
+            ids = ids[index]
+            for part in filter(None, (page, handoff, *readers)):
+                part.keep(index)
+        if t + 1 < steps:
+            for reader in filter(None, readers):
+                reader.read(ids)
+
+
+def stretches(ids: list[int], by_senior: list[int], pieces: list[bytes]) -> list[tuple[str, str]]:
+    """Who wrote what: [("senior", "Natalia sold"), ("junior", " 48"), ...] for one completion without padding.
+
+    Joins the bytes of neighbouring tokens by one author (pieces: tandem.token_bytes), because a token alone need not
+    be text.
+    """
+    runs: list[tuple[str, bytes]] = []
+    for token, senior in zip(ids, by_senior):
+        author = "senior" if senior else "junior"
+        if runs and runs[-1][0] == author:
+            runs[-1] = (author, runs[-1][1] + pieces[token])
+        else:
+            runs.append((author, pieces[token]))
+    return [(author, text.decode(errors="replace")) for author, text in runs if text]
+
+
+def join(parts: list[Rollouts]) -> Rollouts:
+    """One batch out of several: prompts are padded on the left, completions on the right."""
+    prompt = max(part.prompt_ids.shape[1] for part in parts)
+    length = max(part.completion_ids.shape[1] for part in parts)
+
+    def stack(name: str, width: int, left: bool) -> torch.Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        gaps = [width - tensor.shape[1] for tensor in tensors]
+        return torch.cat([functional.pad(x, (gap, 0) if left else (0, gap)) for x, gap in zip(tensors, gaps)])
+
+    prompts = [stack(name, prompt, left=True) for name in ("prompt_ids", "prompt_mask")]
+    completions = ("completion_ids", "completion_mask", "senior_mask", "logprobs")
+    return Rollouts(*prompts, *(stack(name, length, left=False) for name in completions), sum((part.texts for part in parts), []))

@@ -1,0 +1,107 @@
+"""Which schedules give the exact policy gradient: every path of a small tabular pair, against autograd.
+
+The pair: V = 3 tokens ("a", "b", " c"), texts of 3 tokens, one table of logits per writer with a row for each history,
+and a reward of 0 or 1 for each of the 27 texts. A path is (senior's sample, junior's sample, coin) at each of the
+three steps: (3 * 3 * 2) ** 3 = 5,832 paths, all in one batch. A coin that is never tossed is summed out, since both of
+its sides are among the paths.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from reinforce import token_weights
+from rollout import Rollouts
+from tandem import Handoff, build_boundaries
+
+V, STEPS = 3, 3
+PIECES = [b"a", b"b", b" c"]
+PATHS = torch.tensor(list(itertools.product(*[range(V), range(V), range(2)] * STEPS))).view(-1, STEPS, 3)
+
+
+def history(tokens: torch.Tensor) -> torch.Tensor:
+    """Row of the table for the text so far, (paths, t) -> (paths,): 0, then 1 to 3, then 4 to 12."""
+    index = torch.zeros(len(tokens), dtype=torch.long)
+    for t in range(tokens.shape[1]):
+        index = index * V + tokens[:, t] + 1
+    return index
+
+
+def walk(schedule: str, theta: torch.Tensor, phi: torch.Tensor, p: float = 0.5):
+    """All paths under a schedule: their probability (differentiable in theta), texts, authors, and log pi_senior."""
+    coins = torch.where(PATHS[:, :, 2] == 1, 0.0, 0.9).T  # (STEPS, paths): below p names the senior
+    handoff = Handoff(build_boundaries(PIECES, V), schedule, p, coins)
+    probability = torch.full((len(PATHS),), 1.0, dtype=torch.float64)
+    tokens, by_senior, logprobs, thrown = torch.zeros(len(PATHS), 0, dtype=torch.long), [], [], []
+    for t in range(STEPS):
+        row = history(tokens)
+        senior_all, junior_all = theta.log_softmax(-1)[row], phi.log_softmax(-1)[row]  # (paths, V)
+        senior_ids, junior_ids = PATHS[:, t, 0], PATHS[:, t, 1]
+        coin = torch.where(PATHS[:, t, 2] == 1, p, 1 - p)
+        probability = probability * senior_all.gather(1, senior_ids[:, None])[:, 0].exp()
+        probability = probability * junior_all.gather(1, junior_ids[:, None])[:, 0].exp() * coin
+        was_active = handoff.senior_active
+        ids, senior = handoff.choose(senior_ids, junior_ids)
+        # The senior's sample was looked at (to see whether it opens a word), but the junior's was written.
+        looked_at = was_active & ~senior
+        thrown.append(torch.where(looked_at, senior_all.gather(1, senior_ids[:, None])[:, 0], 0.0))
+        logprobs.append(senior_all.gather(1, ids[:, None])[:, 0])
+        by_senior.append(senior)
+        tokens = torch.cat([tokens, ids[:, None]], 1)
+    return probability, tokens, torch.stack(by_senior, 1), torch.stack(logprobs, 1), torch.stack(thrown, 1)
+
+
+def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: float = 0.5):
+    """(gradient of the expected reward by autograd, expectation of the REINFORCE estimate over all paths)."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(13, V, dtype=torch.float64, generator=generator, requires_grad=True)
+    phi = torch.randn(13, V, dtype=torch.float64, generator=generator)
+    right = (torch.rand(40, generator=generator) < 0.4).double()
+    probability, tokens, by_senior, logprobs, thrown = walk(schedule, theta, phi, p)
+    assert probability.sum().item() == pytest.approx(1.0, abs=1e-12)
+    rewards = right[history(tokens)]
+    (exact,) = torch.autograd.grad((probability * rewards).sum(), theta, retain_graph=True)
+
+    ones, n = torch.ones_like(tokens), len(tokens)
+    rollouts = Rollouts(ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
+    weights = token_weights(rollouts, rewards, wrong_weight=0.0, junior_weight=junior_weight).double()
+    terms = (weights * logprobs + thrown_too * rewards[:, None] * thrown).sum(1)
+    (estimate,) = torch.autograd.grad((probability.detach() * terms).sum(), theta)
+    return exact.flatten(), estimate.flatten()
+
+
+@pytest.mark.parametrize("schedule", ["token", "redraw"])
+@pytest.mark.parametrize("p", [0.5, 0.8])
+def test_exact_where_coins_depend_on_written_text(schedule, p):
+    exact, estimate = gradients(schedule, junior_weight=0.0, p=p)
+    assert exact.norm() > 0.01
+    assert (exact - estimate).abs().max() < 1e-10
+
+
+def test_word_is_a_close_approximation():
+    """Scoring kept tokens only: near, but not equal. With the thrown-away samples scored as well: exact."""
+    exact, estimate = gradients("word", junior_weight=0.0)
+    assert 0.97 < torch.cosine_similarity(exact, estimate, dim=0) < 0.99999
+    exact, estimate = gradients("word", junior_weight=0.0, thrown_too=True)
+    assert (exact - estimate).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("schedule", ["token", "word", "redraw"])
+def test_full_junior_weight_is_another_direction(schedule):
+    """j = 1, the paper's choice: the junior's tokens add a pull that is no part of the policy gradient."""
+    exact, estimate = gradients(schedule, junior_weight=1.0)
+    assert torch.cosine_similarity(exact, estimate, dim=0) < 0.97
+
+
+@pytest.mark.parametrize("schedule", ["token", "word", "redraw"])
+@pytest.mark.parametrize("junior_weight", [0.0, 1.0])
+def test_p_1_is_plain_reinforce(schedule, junior_weight):
+    exact, estimate = gradients(schedule, junior_weight, p=1.0)
+    assert exact.norm() > 0.01
+    assert (exact - estimate).abs().max() < 1e-10
+
+
+def test_p_0_without_the_juniors_tokens_teaches_nothing():
+    exact, estimate = gradients("word", junior_weight=0.0, p=0.0)
+    assert exact.abs().max() == estimate.abs().max() == 0

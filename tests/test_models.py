@@ -1,0 +1,99 @@
+"""The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from conftest import llama
+from models import AdapterOff, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def move_adapter(pair):
+    """An adapter that does something: B is zero at the start."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in pair.senior.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_one_checkpoint_one_base(base_folder, four_bit):
+    pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu")
+    assert isinstance(pair.junior, AdapterOff)
+    base = pair.senior(input_ids=IDS).logits
+    assert torch.equal(pair.junior(input_ids=IDS).logits, base)  # a fresh adapter changes nothing
+    move_adapter(pair)
+    assert not torch.allclose(pair.senior(input_ids=IDS).logits, base, atol=1e-2)
+    assert torch.equal(pair.junior(input_ids=IDS).logits, base)
+    pair.senior(input_ids=IDS).logits.sum().backward()  # the adapter is on again, and nothing but it is trained
+    trained = {name for name, parameter in pair.senior.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in pair.senior.named_parameters() if "lora_" in name}
+    if four_bit:
+        assert any(type(module).__name__ == "Linear4bit" for module in pair.senior.modules())
+    reset_adapter(pair.senior, seed=0)
+    assert torch.equal(pair.senior(input_ids=IDS).logits, base)
+
+
+def test_two_checkpoints(base_folder, tokenizer, tmp_path):
+    llama(len(tokenizer), seed=5).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pair = load_pair(base_folder, str(tmp_path), rank=4, four_bit=False, device="cpu")
+    assert isinstance(pair.junior, LlamaForCausalLM)
+    assert not any(parameter.requires_grad for parameter in pair.junior.parameters())
+
+
+def test_two_tokenizers_are_refused(base_folder, sentencepiece, tmp_path):
+    sentencepiece.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{base_folder} has 317 tokens, {tmp_path} has \d+"):
+        load_tokenizers(base_folder, str(tmp_path))
+
+
+def test_two_logit_widths_are_refused(base_folder, tokenizer, tmp_path):
+    llama(len(tokenizer) + 3, seed=5).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 317, .* 320"):
+        load_pair(base_folder, str(tmp_path), rank=4, four_bit=False, device="cpu")
+
+
+def test_a_missing_checkpoint_names_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="no-such-model.*--preset tiny"):
+        load_tokenizers(str(tmp_path / "no-such-model"), str(tmp_path / "no-such-model"))
+
+
+def test_capped_logits_are_refused(tmp_path, tokenizer):
+    """Gemma 2 caps its logits after the output layer, which reinforce.py would miss."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.num_key_value_heads, config.head_dim, config.final_logit_softcapping = 2, 16, 0.5
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="scales or caps its logits"):
+        load_pair(str(tmp_path), str(tmp_path), rank=4, four_bit=False, device="cpu")
+
+
+def test_encoding(tokenizer):
+    """Prompts are padded on the left; prompt and solution are one text, so the solution keeps its leading space."""
+    ids, mask = encode_prompts(tokenizer, ["In", "Natalia sold 48"], "cpu")
+    assert mask.tolist()[0] == [0] * (mask.shape[1] - 1) + [1]
+    assert tokenizer.decode(ids[1]) == "Natalia sold 48"
+    ((prompt, solution),) = encode_examples(tokenizer, [("Natalia", "sold")])
+    assert tokenizer.decode(prompt) == "Natalia"
+    assert tokenizer.decode(solution[:-1]) == " sold"
+    assert solution[-1] == tokenizer.eos_token_id
+
+
+def test_fine_tuning_learns_what_it_is_shown(base_folder):
+    """60 steps on one solution: from a random model's loss to the solution itself, greedily; the base is as before."""
+    pair = load_pair(base_folder, base_folder, rank=8, four_bit=False, device="cpu")
+    before = pair.junior(input_ids=IDS).logits
+    pairs = [("Natalia", "sold 48 clips")] * 8
+    fine_tune(pair.senior, pair.senior_tokenizer, pairs, steps=60, batch=8, lr=3e-2, seed=0, label="test")
+    tokenizer, text = pair.senior_tokenizer, "Natalia"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    for _ in range(8):
+        ids = torch.cat([ids, pair.senior(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert tokenizer.decode(ids[0]).startswith("Natalia sold 48 clips</s>")
+    assert torch.equal(pair.junior(input_ids=IDS).logits, before)

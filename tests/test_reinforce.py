@@ -1,0 +1,137 @@
+"""The loss by hand, and what must not change it."""
+
+import math
+
+import pytest
+import torch
+
+import reinforce
+from conftest import llama
+from reinforce import backward, completion_logprobs, select, token_weights
+from rollout import Rollouts
+
+
+def make_rollouts(vocab: int, seed: int = 0) -> Rollouts:
+    """Five rollouts, prompts of 1 to 5 tokens, completions of 2 to 7, authors at random, padding with odd ids."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt_ids = torch.randint(2, vocab, (5, 6), generator=generator)
+    completion_ids = torch.randint(2, vocab, (5, 9), generator=generator)
+    prompt_mask = (torch.arange(6) >= torch.tensor([[5], [3], [4], [1], [2]])).long()
+    completion_mask = (torch.arange(9) < torch.tensor([[2], [7], [4], [3], [5]])).long()
+    senior_mask = torch.randint(0, 2, (5, 9), generator=generator) * completion_mask
+    return Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), [""] * 5)
+
+
+def gradients(model, rollouts, weights, temperature=0.7, micro_batch=8):
+    model.zero_grad()
+    loss = backward(model, rollouts, weights, temperature, micro_batch)
+    return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def test_weights_by_hand():
+    """c = -0.4, j = 0.3. Row 0 is right, authors S J S: 1, 0.3, 1. Row 1 is wrong, authors J S and padding:
+    -0.4 * 0.3 = -0.12, -0.4 * 1 = -0.4, 0. Swapping c and j would give -0.4 for the junior's token of row 0."""
+    rollouts = make_rollouts(9)
+    rollouts = Rollouts(
+        rollouts.prompt_ids[:2],
+        rollouts.prompt_mask[:2],
+        torch.tensor([[3, 4, 1], [5, 1, 0]]),
+        torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        torch.tensor([[1, 0, 1], [0, 1, 0]]),
+        torch.zeros(2, 3),
+        ["", ""],
+    )
+    weights = token_weights(rollouts, torch.tensor([1.0, 0.0]), wrong_weight=-0.4, junior_weight=0.3)
+    assert torch.allclose(weights, torch.tensor([[1, 0.3, 1], [-0.12, -0.4, 0]]))
+    main = token_weights(rollouts, torch.tensor([1.0, 0.0]), wrong_weight=0.0, junior_weight=1.0)
+    assert main.tolist() == [[1, 1, 1], [0, 0, 0]]
+    with pytest.raises(ValueError, match=r"expected shape \(2,\), got \(3,\)"):
+        token_weights(rollouts, torch.ones(3), 0.0, 1.0)
+
+
+def test_loss_by_hand():
+    """A model whose output layer is zero gives each of 8 tokens -ln 8. Completions hold 2 + 7 + 4 + 3 + 5 = 21 tokens.
+    Weights 1 on the 2 tokens of row 0 and -0.5 on the 3 of row 3: loss = ln 8 * (2 - 1.5) / 21, whatever T is."""
+    model, rollouts = llama(8, 0, torch.float64), make_rollouts(8)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    weights = rollouts.completion_mask * torch.tensor([1.0, 0, 0, -0.5, 0], dtype=torch.float64)[:, None]
+    loss, _ = gradients(model, rollouts, weights)
+    assert loss == pytest.approx(math.log(8) * 0.5 / 21, rel=1e-12)
+
+
+def test_logprobs_against_full_logits(make_model, tokenizer):
+    """The ordinary way: all logits, shifted, log-softmax at T = 0.7, gathered."""
+    model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    full = (logits[:, :-1] / 0.7).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0][:, 5:] * rollouts.completion_mask
+    assert torch.allclose(completion_logprobs(model, rollouts, 0.7), full, atol=1e-12)
+
+
+def test_chunks_change_nothing(tokenizer, monkeypatch):
+    """One chunk of logits, or one for each token."""
+    model, rollouts = llama(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    weights = rollouts.completion_mask.double()
+    loss, gradient = gradients(model, rollouts, weights)
+    monkeypatch.setattr(reinforce, "LOGITS_AT_ONCE", 1)
+    chunked_loss, chunked_gradient = gradients(model, rollouts, weights)
+    assert chunked_loss == pytest.approx(loss, rel=1e-12)
+    assert torch.allclose(gradient, chunked_gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_change_nothing(make_model, tokenizer, micro_batch):
+    """The denominator is fixed before the split, so the sum of the parts is the whole."""
+    model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
+    loss, gradient = gradients(model, rollouts, weights)
+    part_loss, part_gradient = gradients(model, rollouts, weights, micro_batch=micro_batch)
+    assert part_loss == pytest.approx(loss, rel=1e-10)
+    assert torch.allclose(gradient, part_gradient, atol=1e-10)
+
+
+def test_padding_and_order_change_nothing(make_model, tokenizer):
+    """Four more columns of padding on either side, other ids in it, rows reversed: the same gradient."""
+    model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    rewards = torch.tensor([1.0, 0, 1, 0, 1])
+    _, gradient = gradients(model, rollouts, token_weights(rollouts, rewards, -0.3, 0.5).double())
+    more, zero = torch.full((5, 4), 7), torch.zeros(5, 4, dtype=torch.long)
+    wide = Rollouts(
+        torch.cat([more, rollouts.prompt_ids], 1).flip(0),
+        torch.cat([zero, rollouts.prompt_mask], 1).flip(0),
+        torch.cat([rollouts.completion_ids, more], 1).flip(0),
+        torch.cat([rollouts.completion_mask, zero], 1).flip(0),
+        torch.cat([rollouts.senior_mask, zero], 1).flip(0),
+        torch.zeros(5, 13),
+        [""] * 5,
+    )
+    _, other = gradients(model, wide, token_weights(wide, rewards.flip(0), -0.3, 0.5).double())
+    assert torch.allclose(gradient, other, atol=1e-10)
+
+
+def test_wrong_rollouts_count_in_the_mean_but_are_not_run(tokenizer):
+    """With c = 0 the gradient is that of the right rollouts alone, divided by the tokens of all: 21, not 11."""
+    model, rollouts = llama(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), 0.0, 1.0).double()
+    _, gradient = gradients(model, rollouts, weights)
+    few = select(rollouts, torch.tensor([0, 2, 4]))
+    _, alone = gradients(model, few, few.completion_mask.double())
+    assert torch.allclose(gradient, alone * 11 / 21, atol=1e-12)
+
+
+def test_nothing_to_learn_from(tokenizer):
+    """p = 0 with j = 0, or a batch without a right rollout: no loss and no gradient, rather than 0/0."""
+    model, rollouts = llama(len(tokenizer), 0), make_rollouts(len(tokenizer))
+    rollouts.senior_mask.zero_()
+    for weights in (token_weights(rollouts, torch.ones(5), 0.0, 0.0), token_weights(rollouts, torch.zeros(5), 0.0, 1.0)):
+        model.zero_grad()
+        assert backward(model, rollouts, weights, 0.7, 2) is None
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inputs_are_not_modified(tokenizer):
+    model, rollouts, copy = llama(len(tokenizer), 0), make_rollouts(len(tokenizer)), make_rollouts(len(tokenizer))
+    backward(model, rollouts, rollouts.completion_mask.float(), 0.7, 2)
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "senior_mask"):
+        assert torch.equal(getattr(rollouts, name), getattr(copy, name))

@@ -1,0 +1,182 @@
+"""The worked cases of the word-boundary schedules, and the tables against the definition on strings."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tandem import Handoff, build_boundaries, is_word_character, opens_word, token_bytes
+
+
+def authors(pieces: list[bytes], ids: list[int], coins: str, schedule: str, **options) -> tuple[str, int]:
+    """Authors of `ids`, whatever the author samples, and the number of coins used, for coins such as "SJ"."""
+    numbers = [0.25 if coin == "S" else 0.75 for coin in coins] + [0.25] * (len(ids) + 1 - len(coins))
+    handoff = Handoff(build_boundaries(pieces, len(pieces)), schedule, 0.5, torch.tensor(numbers)[:, None], **options)
+    who = ""
+    for token in ids:
+        written, senior = handoff.choose(torch.tensor([token]), torch.tensor([token]))
+        assert written.item() == token
+        who += "S" if senior.item() else "J"
+    return who, handoff.tosses.item()
+
+
+@pytest.mark.parametrize(
+    ("spaced", "gap", "ids", "coins", "expected", "used"),
+    [
+        ([], 32, [1, 2, 3, 4, 5], "SJ", "SSSSS", 1),  # case 1
+        ([10], 32, [1, 2, 10, 3], "SJ", "SSSJ", 2),  # case 2: the boundary token is still its old author's
+        ([], 4, [1, 2, 3, 4, 5], "SJ", "SSSSJ", 2),  # case 3
+        ([9], 3, [1, 1, 9, 2], "SJS", "SSSJ", 2),  # case 4: boundary and gap on one token cost one coin
+        ([10], 32, [10, 10, 5], "SSJ", "SSJ", 3),  # case 5: a redraw may keep the author and still starts anew
+        ([9], 3, [1, 9, 1, 1, 1, 2], "SSJ", "SSSSSJ", 3),  # the gap counts from the last redraw, which kept the author
+    ],
+)
+def test_redraw_schedule(spaced, gap, ids, coins, expected, used):
+    pieces = [b" x" if i in spaced else b"x" for i in range(11)]
+    who, tosses = authors(pieces, ids, coins, "redraw", max_gap=gap)
+    assert who == expected
+    assert tosses == used
+
+
+WORD_CASES = [  # cases 6 to 8
+    ("Nat", "alia", False),
+    ("Natalia", " sold", True),
+    (" 4", "8", False),
+    ("48", "/", True),
+    ("/", "2", True),
+    ("=", "24", True),
+    ("24", ">>", True),
+    (">>", "24", True),
+    ("24", "\n", True),
+    ("24", "", True),  # the end of the sequence
+    ("schö", "n", False),
+    ("l", "'", True),
+    ("'", "eau", True),
+    ("三", "个", True),
+    ("ひ", "ら", True),
+    ("カ", "ナ", True),
+    ("при", "вет", False),
+    ("한", "국", False),
+    ("scho", "\u0308n", False),  # a combining mark
+    ("a", "三", True),
+    ("_", "a", True),
+    ("", "Nat", True),  # the first token
+]
+
+
+@pytest.mark.parametrize(("before", "piece", "opens"), WORD_CASES)
+def test_opens_word(before, piece, opens):
+    assert opens_word(before, piece) is opens
+    assert opens_word("x " + before, piece) is opens  # only the last character counts
+
+
+def test_no_toss_inside_a_character():
+    assert not opens_word("sch\ufffd", "x")
+    assert not opens_word("\ufffd", " ")
+
+
+@pytest.mark.parametrize(("before", "piece", "opens"), [case for case in WORD_CASES if case[0]])
+def test_the_tables_agree_with_the_definition(before, piece, opens):
+    """Coins S then J: the second token is the junior's if and only if it opens a word."""
+    who, tosses = authors([before.encode(), piece.encode()], [0, 1], "SJ", "word")
+    assert (who, tosses) == (("SJ", 2) if opens else ("SS", 1))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "tosses"),
+    [
+        ([b"sch", b"\xc3", b"\xb6", b"n", b" x"], [1, 0, 0, 0, 1]),  # schön, a byte at a time: one word
+        ([b"\xe4", b"\xb8", b"\x89", b"\xe4", b"\xb8", b"\xaa"], [1, 0, 0, 1, 0, 0]),  # 三个: two words
+        ([b"\xe4\xb8", b"\x89", b"\xe4\xb8\xaa"], [1, 0, 1]),  # the same in other pieces
+        ([b"a\xf0\x9f", b"\x98", b"\x80", b"b"], [1, 0, 0, 1]),  # a😀b
+        ([b"\xd0", b"\xbf\xd1", b"\x80\xd0\xb8", b"\xd0\xb2"], [1, 0, 0, 0]),  # прив, pieces across characters
+    ],
+)
+def test_characters_in_pieces(pieces, tosses):
+    """No toss after a token that ends inside a character; what a split character was decides on the next token."""
+    ids, handoff = range(len(pieces)), Handoff(build_boundaries(pieces, len(pieces)), "word", 0.5, torch.zeros(9, 1))
+    seen = []
+    for token in ids:
+        before = handoff.tosses.item()
+        handoff.choose(torch.tensor([token]), torch.tensor([token]))
+        seen.append(handoff.tosses.item() - before)
+    assert seen == tosses
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tosses"),
+    [
+        #             She has 24 . 5 clips .  ⏎  ⏎ She  ...  </s>
+        ("token", [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("word", [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("sentence", [1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]),
+        ("paragraph", [1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]),
+    ],
+)
+def test_units(schedule, tosses):
+    pieces = [b"She", b" has", b" 24", b".", b"5", b" clips", b".", b"\n", b"\n", b"She", b" left"]
+    handoff = Handoff(build_boundaries(pieces, len(pieces)), schedule, 0.5, torch.zeros(99, 1))
+    used = []
+    for token in range(len(pieces)):
+        handoff.choose(torch.tensor([token]), torch.tensor([token]))
+        used.append(handoff.tosses.item())
+    assert [b - a for a, b in zip([0, *used], used)] == tosses
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("sentence", 2), ("paragraph", 1), ("token", 5)])
+def test_a_sentence_within_a_line(schedule, expected):
+    """ "One. Two" is two sentences of one line; the end mark of "3.5" ends none."""
+    pieces = [b"One", b".", b" 3", b".", b"5"]
+    assert authors(pieces, list(range(5)), "S", schedule)[1] == expected
+
+
+def test_a_thrown_away_sample():
+    """The junior is active and samples a new word; the coin names the senior, whose own sample is written instead."""
+    pieces = [b"a", b" b", b"c"]
+    handoff = Handoff(build_boundaries(pieces, 3), "word", 0.5, torch.tensor([[0.75], [0.25]]))
+    assert handoff.choose(torch.tensor([0]), torch.tensor([2]))[0].item() == 2  # J writes c
+    written, senior = handoff.choose(torch.tensor([2]), torch.tensor([1]))  # J samples " b", S samples "c"
+    assert (written.item(), senior.item()) == (2, True)  # so S goes on inside J's word, as the rule has it
+
+
+def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
+    """Byte-level BPE: for all pairs of tokens that are whole text, the tables say what opens_word says."""
+    pieces = token_bytes(tokenizer)
+    whole = [i for i, piece in enumerate(pieces) if piece and "\ufffd" not in piece.decode(errors="replace")]
+    table = build_boundaries(pieces, len(pieces))
+    for i in whole:
+        for j in whole:
+            joined = bool(table.ends_word[i] & table.starts_word[j])
+            assert joined != opens_word(pieces[i].decode(), pieces[j].decode()), (pieces[i], pieces[j])
+
+
+def test_sentencepiece(sentencepiece):
+    """ "▁" is a space and <0xE4> a byte, so pieces spell the text that they decode to."""
+    pieces = token_bytes(sentencepiece)
+    for text in ("48 words", "schön 三个 😀", "In 48/2 = <<48/2=24>>24\nwords"):
+        ids = sentencepiece(text, add_special_tokens=False).input_ids
+        assert b"".join(pieces[i] for i in ids).decode().strip() == text
+    assert all(pieces[i] == b"" for i in sentencepiece.all_special_ids)
+
+
+def test_a_tokenizer_without_spaces_is_refused():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "A": 1, "word": 2, ",": 3, "48": 4, "words": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="no word boundaries can be derived from .* \(toy\)"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", name_or_path="toy"))
+
+
+def test_bad_arguments():
+    table = build_boundaries([b"a"], 4)  # padded to the logit width
+    assert len(table.blank) == 4
+    with pytest.raises(ValueError, match="unknown handoff schedule 'words'"):
+        Handoff(table, "words", 0.5, torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="1.5"):
+        Handoff(table, "word", 1.5, torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="2 tokens, the model only 1"):
+        build_boundaries([b"a", b"b"], 1)
+
+
+def test_what_is_a_word_character():
+    assert all(map(is_word_character, "aZéßñ9٣й한ก\u0308"))
+    assert not any(map(is_word_character, " .,'-_/<=#三ひカ々ー🙂\n\u200b"))

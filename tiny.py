@@ -1,0 +1,110 @@
+"""The embedded default: a tiny multilingual base, pretrained on the spot and cached.
+
+So that everything runs on a laptop with no account and no download, the tiny preset makes its own base: a Llama of half
+a million parameters with a byte-level BPE tokenizer, pretrained for two minutes on generated problems. It answers an
+English question in English, German or French, as the cue of the prompt asks, and solves about half of them.
+
+What the pretraining text contains decides what a junior can follow, so it stands here as numbers to play with:
+
+    LANGUAGE_SHARES   English is the majority language, as it is of real models
+    ANNOTATED         share of solutions with <<...>>: enough to follow them at times, too few to write them
+    MIXED             share of solutions that change their language on the way
+
+A junior that never saw `<<` fails nearly every solution that contains it, and then hardly any rollout is rewarded.
+
+Not here: the specialist (models.py), and any claim that half a million parameters behave as 7 billion do.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models import fine_tune
+from problems import LANGUAGES, generate, plain, prompt
+
+LANGUAGE_SHARES = (0.5, 0.25, 0.25)  # of en, de, fr
+ANNOTATED = 0.06
+MIXED = 0.05
+STEPS, BATCH, LR = 450, 64, 6e-3
+
+
+def base_folder() -> Path:
+    """The folder of the pretrained base; made now if it is not cached. Its name holds a checksum of what made it."""
+    sources = [Path(__file__), Path(__file__).with_name("problems.py")]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem-training"
+    folder = cache / f"tiny-{key}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        print(f"pretraining the tiny base, once: it is kept in {folder}")
+        draft = tempfile.mkdtemp(dir=cache)
+        pretrain(draft)
+        try:
+            os.rename(draft, folder)  # complete or not there at all, whoever else is at it
+        except OSError:
+            shutil.rmtree(draft)
+    return folder
+
+
+def pretrain(folder: str) -> None:
+    """Train tokenizer and base from scratch, always with the same seed, and save both."""
+    texts = corpus(STEPS * BATCH)
+    tokenizer = make_tokenizer([question + " " + solution for question, solution in texts[:8000]])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, lr=LR, seed=0, label="pretraining")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def corpus(n: int) -> list[tuple[str, str]]:
+    """n (prompt, solution) texts of the mixture that the constants above describe."""
+    rng = random.Random(0)
+    texts = []
+    for problem in generate(n, "train", seed=0):
+        language = rng.choices(LANGUAGES, LANGUAGE_SHARES)[0]
+        lines = problem.solutions[language].split("\n")
+        if rng.random() < MIXED:
+            start, other = rng.randrange(len(lines)), rng.choice(LANGUAGES)
+            lines[start:] = problem.solutions[other].split("\n")[start:]
+        solution = "\n".join(lines)
+        texts.append((prompt(problem.question, language), solution if rng.random() < ANNOTATED else plain(solution)))
+    return texts
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which each word and each number below 100 ends up as one token, with or without its space."""
+    numbers = [f" {i} {i}={i}" for i in range(100)] * 3
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("[0-9]+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,  # never reached: merging ends when each word is whole
+        min_frequency=2,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts + numbers, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
