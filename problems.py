@@ -3,7 +3,7 @@
 A problem is a question in English and one or more worked solutions that end in "#### " and the answer. In the
 annotated form each step carries a calculator annotation, as in GSM8K (Cobbe et al., 2021):
 
-    She sells 5: 12-5 = <<12-5=7>>7.
+    She sells 5: 12-5=<<12-5=7>>7.
     #### 7
 
 `<<12-5=7>>` is the jargon of the skill setting: a specialist is taught to write it, its junior is not.
@@ -141,7 +141,7 @@ def _draw(rng: random.Random) -> Problem:
         told.append(sentence.format(n=name, i=item, a=value, b=b))
         value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // max(b, 1)}[op]
         for language, step in zip(LANGUAGES, step_in if op else []):
-            lines[language].append(step.format(a=before, b=b, e=f"{expression} = <<{expression}={value}>>{value}"))
+            lines[language].append(step.format(a=before, b=b, e=f"{expression}=<<{expression}={value}>>{value}"))
     if value > LARGEST:
         return _draw(rng)
     own = told[: events + 1]  # what happens to one person; what a friend has is a sentence of its own
