@@ -2,7 +2,7 @@
 
 So that everything runs on a laptop with no account and no download, the tiny preset makes its own base: a Llama of half
 a million parameters with a byte-level BPE tokenizer, pretrained for two minutes on generated problems. It answers an
-English question in English, German or French, as the cue of the prompt asks, and solves about half of them.
+English question in English, German or French, as the cue of the prompt asks, and solves some 40 % of them.
 
 What the pretraining text contains decides what a junior can follow, so it stands here as numbers to play with:
 
@@ -13,7 +13,7 @@ What the pretraining text contains decides what a junior can follow, so it stand
                       and a specialist fine-tuned on careful solutions is then better than the base
     DRILLS            share of texts that are bare sums, from which arithmetic is learned fastest
 
-A junior that never saw `<<` fails nearly every solution that contains it, and then hardly any rollout is rewarded.
+A junior that hardly saw `<<` breaks nearly every solution that contains it, and then hardly any rollout is rewarded.
 
 Not here: the specialist (models.py), and any claim that half a million parameters behave as 7 billion do.
 """
