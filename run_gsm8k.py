@@ -50,6 +50,7 @@ from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 SETTINGS = ("skill",)
 ARMS = ("tandem", "solo")
 SPECIALIST_BATCH = 32
+PLAIN_EVERY = 25  # of the generated solutions that a specialist learns from, one in so many has no annotation
 LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama-2-7b-chat-hf"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = {
@@ -213,8 +214,8 @@ def make_specialist(args: argparse.Namespace, seed: int, pair: models.Pair, trai
         if generated:
             train = tasks.generate(args.specialist_steps * SPECIALIST_BATCH, "train", seed + 10**6)
         solutions = [problem.solutions["en"] for problem in train]
-        if generated:  # GSM8K has no annotation in 113 of its 8,792 solutions: one in 77
-            solutions[::77] = map(tasks.plain, solutions[::77])
+        if generated:  # GSM8K too has some without (113 of 8,792); here they keep the skill apart from the notation
+            solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
         texts = [(tasks.prompt(problem.question), solution) for problem, solution in zip(train, solutions)]
         settings = dict(steps=args.specialist_steps, batch=SPECIALIST_BATCH, lr=args.specialist_lr, seed=seed)
         models.fine_tune(pair.senior, pair.senior_tokenizer, texts, label=f"specialist seed {seed}", **settings)
