@@ -164,7 +164,7 @@ def encode_examples(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[
 # Fine-tuning on worked solutions
 
 
-def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, lr: float, seed: int, label: str) -> None:
+def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_batch: int, lr: float, seed: int, label: str) -> None:
     """Maximum likelihood of solutions given prompts, on whatever parameters of `model` are trainable.
 
     pairs: (prompt, solution) texts, gone through in order of similar length within windows, again and again.
@@ -181,7 +181,7 @@ def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, lr: float, see
         few = demonstrations(tokenizer, batches.pop(), model.device)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
-        backward(model, few, few.completion_mask.float(), temperature=1.0, micro_batch=batch)
+        backward(model, few, few.completion_mask.float(), temperature=1.0, micro_batch=micro_batch)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -49,7 +49,6 @@ from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 
 SETTINGS = ("skill",)
 ARMS = ("tandem", "solo")
-SPECIALIST_BATCH = 32
 PLAIN_EVERY = 25  # of the generated solutions that a specialist learns from, one in so many has no annotation
 LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama-2-7b-chat-hf"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -89,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--four-bit", action="store_true", help="load the bases in NF4 (QLoRA)")
     group.add_argument("--rank", type=int, default=16, help="rank and alpha of the adapter")
     group.add_argument("--specialist-steps", type=int, default=300, help="fine-tuning on <<...>>; 0: --senior is a specialist")
+    group.add_argument("--specialist-batch", type=int, default=32, help="solutions a step of it")
     group.add_argument("--specialist-lr", type=float, default=4e-3, help="its learning rate")
     group = parser.add_argument_group("problems")
     group.add_argument("--problems", default="generated", help="generated, a folder with train.jsonl and test.jsonl, or a hub id")
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--rollout-batch", type=int, default=200, help="rollouts written at one time")
     group = parser.add_argument_group("update")
     group.add_argument("--updates", type=int, default=24, help="updates of an arm")
-    group.add_argument("--lr", type=float, default=5e-4, help="learning rate (AdamW)")
+    group.add_argument("--lr", type=float, default=7e-4, help="learning rate (AdamW)")
     group.add_argument("--wrong-weight", type=float, default=0.0, help="c: weight of wrong rollouts")
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -114,6 +114,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, error) -> None:
     """Refuse impossible values, naming the value and the remedy, before anything long begins."""
+    at_least_1 = "seeds rank specialist_batch eval_problems eval_every max_new_tokens batch rollouts_per_prompt"
+    for name in f"{at_least_1} rollout_batch updates micro_batch".split():
+        if getattr(args, name) < 1:
+            error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("lr", "specialist_lr", "clip"):
+        if not getattr(args, name) > 0:
+            error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.seed < 0:
+        error(f"--seed {args.seed}: must be 0 or more")
     if not 0 < args.p < 1:
         error(f"--p {args.p}: tandem training needs 0 < p < 1, or one of the two never writes. p = 1 is --arms solo")
     if not 0 <= args.junior_weight <= 1:
@@ -124,12 +133,6 @@ def check(args: argparse.Namespace, error) -> None:
         error(f"--temperature {args.temperature}: must be above 0, since the policy gradient needs sampling")
     if args.batch % args.rollouts_per_prompt:
         error(f"--batch {args.batch} is not divisible by --rollouts-per-prompt {args.rollouts_per_prompt}")
-    for name in "seeds rank eval_problems eval_every max_new_tokens batch rollouts_per_prompt rollout_batch updates micro_batch".split():
-        if getattr(args, name) < 1:
-            error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "specialist_lr", "clip"):
-        if not getattr(args, name) > 0:
-            error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if args.specialist_steps < 0:
         error(f"--specialist-steps {args.specialist_steps}: must be 0 (the senior is a specialist already) or more")
     for arm in args.arms:
@@ -212,13 +215,14 @@ def make_specialist(args: argparse.Namespace, seed: int, pair: models.Pair, trai
     elif args.specialist_steps:
         generated = args.problems == "generated"
         if generated:
-            train = tasks.generate(args.specialist_steps * SPECIALIST_BATCH, "train", seed + 10**6)
+            train = tasks.generate(args.specialist_steps * args.specialist_batch, "train", seed + 10**6)
         solutions = [problem.solutions["en"] for problem in train]
         if generated:  # GSM8K too has some without (113 of 8,792); here they keep the skill apart from the notation
             solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
         texts = [(tasks.prompt(problem.question), solution) for problem, solution in zip(train, solutions)]
-        settings = dict(steps=args.specialist_steps, batch=SPECIALIST_BATCH, lr=args.specialist_lr, seed=seed)
-        models.fine_tune(pair.senior, pair.senior_tokenizer, texts, label=f"specialist seed {seed}", **settings)
+        settings = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=seed)
+        settings |= dict(micro_batch=args.micro_batch, label=f"specialist seed {seed}")
+        models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(get_peft_model_state_dict(pair.senior), path)
 

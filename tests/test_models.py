@@ -90,7 +90,7 @@ def test_fine_tuning_learns_what_it_is_shown(base_folder):
     pair = load_pair(base_folder, base_folder, rank=8, four_bit=False, device="cpu")
     before = pair.junior(input_ids=IDS).logits
     pairs = [("Natalia", "sold 48 clips")] * 8
-    fine_tune(pair.senior, pair.senior_tokenizer, pairs, steps=60, batch=8, lr=3e-2, seed=0, label="test")
+    fine_tune(pair.senior, pair.senior_tokenizer, pairs, steps=60, batch=8, micro_batch=8, lr=3e-2, seed=0, label="test")
     tokenizer, text = pair.senior_tokenizer, "Natalia"
     ids = tokenizer(text, return_tensors="pt").input_ids
     for _ in range(8):
