@@ -2,7 +2,8 @@
 
 A runs folder holds SETTING/ARM/seed-K/metrics.jsonl, with one row an update (see run_gsm8k.py). A share over several
 seeds is pooled: all evaluated solutions of all seeds, with Wilson's 95 % interval (metrics.wilson_interval). Each seed
-is evaluated on held-out problems of its own.
+is evaluated on held-out problems of its own. The interval is the sampling error of the evaluation; how far training
+itself differs from seed to seed is what the thin lines show.
 
 Not here: anything that loads a model.
 """
@@ -57,6 +58,9 @@ def figure_2(folder: str | Path) -> Path:
     for ax, (who, what, label) in zip(axes, panels):
         for arm, (name, colour, marker) in ARMS.items():
             if arm in runs:
+                for seed in runs[arm]:
+                    updates, share, _, _ = zip(*pooled([seed], who, what))
+                    ax.plot(updates, [100 * s for s in share], color=colour, alpha=0.4, linewidth=0.6)
                 updates, share, low, high = zip(*pooled(runs[arm], who, what))
                 ax.plot(updates, [100 * s for s in share], color=colour, marker=marker, markersize=3, label=name)
                 ax.fill_between(updates, [100 * s for s in low], [100 * s for s in high], color=colour, alpha=0.2, lw=0)
@@ -67,7 +71,9 @@ def figure_2(folder: str | Path) -> Path:
         ax.grid(alpha=0.25)
     axes[1].legend(frameon=False, fontsize=8)
     seeds = max(map(len, runs.values()))
-    figure.suptitle(f"Skill: mean of {seeds} seed{'s' * (seeds > 1)}, bands are pooled 95 % Wilson intervals", fontsize=9)
+    figure.suptitle(
+        f"{seeds} seed{'s' * (seeds > 1)}: thin lines each, thick lines pooled; bands: 95 % Wilson intervals of the evaluation", fontsize=9
+    )
     path = Path(folder) / "figure2.png"
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=200)

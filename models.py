@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
 from reinforce import backward
 from rollout import Rollouts
@@ -51,18 +51,25 @@ class Pair:
     senior_tokenizer: object  # one vocabulary, but perhaps two chat templates
     junior_tokenizer: object
     vocab_size: int  # logit width of both
+    end_ids: list[int]  # tokens with which either ends a text
 
 
 def load_tokenizers(senior: str, junior: str):
-    """Both tokenizers, refused with ValueError unless they are the same vocabulary. Fast: do it before anything long."""
+    """Both tokenizers, refused with ValueError unless they are the same vocabulary. Fast: do it before anything long.
+
+    Ids beyond the logits, such as a padding token that was added to the tokenizer alone, are never written or read.
+    """
     tokenizers = [_load(AutoTokenizer, name) for name in (senior, junior)]
-    first, second = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    widths = [_load(AutoConfig, name).vocab_size for name in (senior, junior)]
+    first, second = ({token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths))
     if first != second:
         differ = len(set(first.items()) ^ set(second.items()))
         raise ValueError(
             f"senior and junior must share one tokenizer: {senior} has {len(first)} tokens, {junior} has {len(second)}, "
             f"and {differ} entries differ. Choose two models of one family."
         )
+    if widths[0] != widths[1]:
+        raise ValueError(f"senior and junior must have logits of one width: {senior} has {widths[0]}, {junior} {widths[1]}")
     return tokenizers
 
 
@@ -74,12 +81,13 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     tokenizers = load_tokenizers(senior, junior)
     base = load_model(senior, four_bit, device)
     other = base if senior == junior else load_model(junior, four_bit, device)
-    widths = [model.config.vocab_size for model in (base, other)]
-    if widths[0] != widths[1]:
-        raise ValueError(f"senior and junior must have logits of one width: {senior} has {widths[0]}, {junior} {widths[1]}")
+    ends = {tokenizer.eos_token_id for tokenizer in tokenizers}
+    for model in (base, other):  # a chat model may end its turn with another token than its tokenizer's
+        listed = model.generation_config.eos_token_id
+        ends.update(listed if isinstance(listed, list) else [listed])
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()  # eval: dropout would make the scored policy another than the sampled
-    return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, widths[0])
+    return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
 
 
 def reset_adapter(senior: PeftModel, seed: int) -> None:
@@ -138,7 +146,7 @@ def encode_prompts(tokenizer, prompts: list[str], device: str) -> tuple[torch.Te
 
 def pad(rows: list[list[int]], tokenizer, side: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask) of token lists of different lengths, padded on one side to (B, longest)."""
-    fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    fill = tokenizer.eos_token_id  # any id would do: masks are kept, never guessed from ids
     width = max(map(len, rows))
     padded = [([fill] * (width - len(row)), [0] * (width - len(row)), row) for row in rows]
     ids = [gap + row if side == "left" else row + gap for gap, _, row in padded]
@@ -150,7 +158,7 @@ def demonstrations(tokenizer, examples: list[tuple[list[int], list[int]]], devic
     """Token ids of (prompt, solution) pairs as a batch of rollouts, all by the senior."""
     prompts, solutions = zip(*examples)
     ids, mask = pad(solutions, tokenizer, "right", device)
-    return Rollouts(*pad(prompts, tokenizer, "left", device), ids, mask, mask, torch.zeros(ids.shape), [""] * len(ids))
+    return Rollouts(*pad(prompts, tokenizer, "left", device), ids, mask, mask, torch.zeros(ids.shape, device=device), [""] * len(ids))
 
 
 def encode_examples(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

@@ -90,19 +90,19 @@ ITEMS = "apples books cards coins marbles pens shells stamps".split()
 OPENINGS = """
   | {n} has {a} {i} | | |
 * | {n} has {a} boxes with {b} {i} each | She has {a} boxes with {b}: {e}. | Sie hat {a} Kisten mit {b}: {e}. | Elle a {a} boîtes de {b} : {e}.
-+ | {n} has {a} old and {b} new {i} | She has {a} and {b}: {e}. | Sie hat {a} und {b}: {e}. | Elle a {a} et {b} : {e}.
++ | {n} has {a} old and {b} new {i} | She has {a} and {b}: {e}. | Sie hat {a} und {b}: {e}. | Elle en a {a} et {b} : {e}.
 """
 EVENTS = """
-+ | buys {b} | She buys {b}: {e}. | Sie kauft {b}: {e}. | Elle achète {b} : {e}.
-+ | is given {b} | She is given {b}: {e}. | Sie bekommt {b}: {e}. | Elle reçoit {b} : {e}.
-- | sells {b} | She sells {b}: {e}. | Sie verkauft {b}: {e}. | Elle vend {b} : {e}.
-- | loses {b} | She loses {b}: {e}. | Sie verliert {b}: {e}. | Elle perd {b} : {e}.
-* | soon owns {b} times as many | She owns {b} times as many: {e}. | Sie besitzt {b}-mal so viele: {e}. | Elle possède {b} fois plus : {e}.
-/ | divides by {b} with friends | She divides by {b}: {e}. | Sie teilt durch {b}: {e}. | Elle divise par {b} : {e}.
++ | buys {b} | She buys {b}: {e}. | Sie kauft {b}: {e}. | Elle en achète {b} : {e}.
++ | is given {b} | She is given {b}: {e}. | Sie bekommt {b}: {e}. | Elle en reçoit {b} : {e}.
+- | sells {b} | She sells {b}: {e}. | Sie verkauft {b}: {e}. | Elle en vend {b} : {e}.
+- | loses {b} | She loses {b}: {e}. | Sie verliert {b}: {e}. | Elle en perd {b} : {e}.
+* | soon owns {b} times as many | She owns {b} times as many: {e}. | Sie besitzt {b}-mal so viele: {e}. | Elle en possède {b} fois plus : {e}.
+/ | keeps one of {b} equal piles | She keeps one of {b} piles: {e}. | Sie behält einen von {b} Stapeln: {e}. | Elle garde une pile sur {b} : {e}.
 """
 COMPARISON = """
-+ | A friend has {b} more | The friend has {b} more: {e}. | Der Freund hat {b} mehr: {e}. | L'ami a {b} de plus : {e}.
-+ | | Together there are {e}. | Zusammen sind es {e}. | À deux cela fait {e}.
++ | A friend has {b} more | Her friend has {b} more: {e}. | Ihre Freundin hat {b} mehr: {e}. | Son amie en a {b} de plus : {e}.
++ | | Together there are {e}. | Zusammen sind es {e}. | À deux, cela fait {e}.
 """
 OPENINGS, EVENTS, COMPARISON = (
     [[cell.strip() for cell in line.split("|")] for line in table.strip("\n").splitlines()] for table in (OPENINGS, EVENTS, COMPARISON)

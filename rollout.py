@@ -12,8 +12,8 @@ the next one under its own prompt. The handoff (tandem.py) keeps one of the two:
 untouched: text is for the verifier and for people.
 
 All random numbers are drawn before the first token, one a row and a step, and a token is found by inverting the
-cumulative distribution. A row's text then depends only on its own numbers: it does not change when other rows end and
-leave the batch, and with p = 1 it is exactly what the senior writes alone.
+cumulative distribution. A row's text then depends only on its own numbers, not on which other rows have ended and left
+the batch (up to the rounding of batched arithmetic), and with p = 1 it is what the senior writes alone.
 
 Not here: nucleus or top-k sampling (they would make the log-probabilities of the loss wrong), several devices.
 """
@@ -100,23 +100,23 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
 class Page:
     """What has been written: B rows of C columns, filled in step by step, each token with its author."""
 
-    def __init__(self, batch: int, max_new_tokens: int, pad: int, device: torch.device):
-        self.ids = torch.full((batch, max_new_tokens), pad, device=device)
+    def __init__(self, batch: int, max_new_tokens: int, end_ids: list[int], device: torch.device):
+        self.ends = torch.tensor(end_ids, device=device)
+        self.ids = self.ends[0].repeat(batch, max_new_tokens)  # padding: any id would do, for the mask is recorded
         self.mask, self.by_senior = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
         self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)
         self.rows = torch.arange(batch, device=device)  # the rollouts that are still being written ...
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # ... less those that ended since the last look
-        self.pad = pad
 
-    def write(self, t: int, ids: torch.Tensor, by_senior: torch.Tensor, logprobs: torch.Tensor | None, end: int) -> None:
+    def write(self, t: int, ids: torch.Tensor, by_senior: torch.Tensor, logprobs: torch.Tensor | None) -> None:
         """Column t of the rows still being written: ids and authors (b,), the senior's log-probabilities (b, V)."""
-        self.ids[self.rows, t] = torch.where(self.alive, ids, self.pad)
+        self.ids[self.rows, t] = torch.where(self.alive, ids, self.ends[0])
         self.mask[self.rows, t] = self.alive.long()
         self.by_senior[self.rows, t] = (self.alive & by_senior).long()
         if logprobs is not None:
             written = logprobs.gather(1, ids[:, None])[:, 0].double()
             self.logprobs[self.rows, t] = torch.where(self.alive, written, 0.0)
-        self.alive = self.alive & (ids != end)
+        self.alive = self.alive & ~torch.isin(ids, self.ends)
 
     def keep(self, index: torch.Tensor) -> None:
         self.rows, self.alive = self.rows[index], self.alive[index]
@@ -135,6 +135,7 @@ def rollout(
     senior_prompts: tuple[torch.Tensor, torch.Tensor],
     junior_prompts: tuple[torch.Tensor, torch.Tensor],
     tokenizer,
+    end_ids: list[int],
     boundaries: Boundaries,
     *,
     schedule: str = "word",
@@ -147,9 +148,9 @@ def rollout(
     """Let senior and junior write B completions together.
 
     senior, junior: causal language models over one vocabulary. *_prompts: left-padded (ids, mask), (B, P) each; P may
-    differ. p: probability that a coin names the senior; at 1 the junior is never run, at 0 the senior never.
-    generator: for tokens; coin_generator: for coins, so that the same tokens are drawn whatever p is. Raises
-    ValueError for prompts of different number or an unknown schedule.
+    differ. end_ids: the tokens that end a completion. p: probability that a coin names the senior; at 1 the junior is
+    never run, at 0 the senior never. generator: for tokens; coin_generator: for coins, so that the same tokens are
+    drawn whatever p is. Raises ValueError for prompts of different number or an unknown schedule.
     """
     batch, device = len(senior_prompts[0]), senior_prompts[0].device
     if len(junior_prompts[0]) != batch:
@@ -161,13 +162,12 @@ def rollout(
         Reader(senior, *senior_prompts, max_new_tokens) if p > 0 else None,
         Reader(junior, *junior_prompts, max_new_tokens) if p < 1 else None,
     )
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    page = Page(batch, max_new_tokens, pad, device)
-    _write_together(readers, handoff, page, noise, temperature, tokenizer.eos_token_id)
+    page = Page(batch, max_new_tokens, end_ids, device)
+    _write_together(readers, handoff, page, noise, temperature)
     return page.rollouts(senior_prompts, tokenizer)
 
 
-def _write_together(readers: tuple, handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float, end: int) -> None:
+def _write_together(readers: tuple, handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float) -> None:
     """The loop: both sample, the handoff chooses, both read what was chosen."""
     steps = noise.shape[1]
     for t in range(steps):
@@ -175,7 +175,7 @@ def _write_together(readers: tuple, handoff: Handoff, page: Page, noise: torch.T
         drawn = [reader and sample(reader.logits, noise[m, t, page.rows], temperature) for m, reader in enumerate(readers)]
         (senior_ids, logprobs), (junior_ids, _) = drawn[0] or drawn[1], drawn[1] or drawn[0]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
-        page.write(t, ids, by_senior, logprobs if readers[0] else None, end)
+        page.write(t, ids, by_senior, logprobs if readers[0] else None)
 
         if t % CHECK_EVERY == CHECK_EVERY - 1 and not page.alive.all():  # finished rows leave the batch
             index = page.alive.nonzero()[:, 0]

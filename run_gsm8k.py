@@ -15,6 +15,7 @@ Each update: problems -> two prompts -> rollouts -> rewards -> weights -> backwa
                           samples.jsonl   evaluation rollouts, with the author of each stretch of text
                           adapter/        the senior, for PeftModel.from_pretrained
                           state.pt        what --resume needs
+    runs/skill/specialist/                the adapter from which both arms of a seed start
     runs/skill/figure2.png, .pdf
 """
 
@@ -49,6 +50,7 @@ from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 
 SETTINGS = ("skill",)
 ARMS = ("tandem", "solo")
+MAY_CHANGE = ("arms", "device", "out", "resume", "seed", "seeds", "updates")  # between a run and its --resume
 PLAIN_EVERY = 25  # of the generated solutions that a specialist learns from, one in so many has no annotation
 LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama-2-7b-chat-hf"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -57,7 +59,7 @@ PRESETS = {
     "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_batch=16, lr=1e-4)
     | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100),
     "paper": dict(senior=LLAMA_SENIOR, junior=LLAMA_JUNIOR, problems="openai/gsm8k", four_bit=True, max_new_tokens=256)
-    | dict(rollout_batch=24, micro_batch=4, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200),
+    | dict(rollout_batch=24, micro_batch=1, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200),
 }
 
 
@@ -85,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("models")
     group.add_argument("--senior", default="tiny", help="hub id or folder; tiny: the embedded base")
     group.add_argument("--junior", default="tiny", help="the same name as --senior: its base, without the adapter")
-    group.add_argument("--four-bit", action="store_true", help="load the bases in NF4 (QLoRA)")
+    group.add_argument("--four-bit", action=argparse.BooleanOptionalAction, default=False, help="load the bases in NF4 (QLoRA)")
     group.add_argument("--rank", type=int, default=16, help="rank and alpha of the adapter")
     group.add_argument("--specialist-steps", type=int, default=300, help="fine-tuning on <<...>>; 0: --senior is a specialist")
     group.add_argument("--specialist-batch", type=int, default=32, help="solutions a step of it")
@@ -103,8 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--rollouts-per-prompt", type=int, default=2, help="of which each problem gets this many")
     group.add_argument("--rollout-batch", type=int, default=200, help="rollouts written at one time")
     group = parser.add_argument_group("update")
-    group.add_argument("--updates", type=int, default=24, help="updates of an arm")
-    group.add_argument("--lr", type=float, default=7e-4, help="learning rate (AdamW)")
+    group.add_argument("--updates", type=int, default=28, help="updates of an arm")
+    group.add_argument("--lr", type=float, default=1e-3, help="learning rate (AdamW)")
     group.add_argument("--wrong-weight", type=float, default=0.0, help="c: weight of wrong rollouts")
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -121,8 +123,8 @@ def check(args: argparse.Namespace, error) -> None:
     for name in ("lr", "specialist_lr", "clip"):
         if not getattr(args, name) > 0:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if args.seed < 0:
-        error(f"--seed {args.seed}: must be 0 or more")
+    if not 0 <= args.seed <= args.seed + args.seeds <= 1000:
+        error(f"--seed {args.seed} --seeds {args.seeds}: seeds lie between 0 and 1000")
     if not 0 < args.p < 1:
         error(f"--p {args.p}: tandem training needs 0 < p < 1, or one of the two never writes. p = 1 is --arms solo")
     if not 0 <= args.junior_weight <= 1:
@@ -140,6 +142,12 @@ def check(args: argparse.Namespace, error) -> None:
             folder = run_folder(args, arm, seed)
             if folder.exists() and not args.resume:
                 error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
+            if (folder / "config.json").is_file():
+                before = json.loads((folder / "config.json").read_text())["flags"]
+                changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
+                if changed:
+                    flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+                    error(f"{folder} was begun with {flags}: resume it so, or choose another --out")
 
 
 def run_folder(args: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -159,8 +167,9 @@ def load_problems(args: argparse.Namespace, seed: int) -> tuple[list[tasks.Probl
     if not train or len(test) < args.eval_problems:
         raise ValueError(f"{args.problems}: {len(train)} training and {len(test)} test problems, --eval-problems {args.eval_problems}")
     rng = random.Random(seed)
+    held_out = rng.sample(test, args.eval_problems)  # drawn first: the same ones when --updates grows
     epochs = [problem for _ in range(math.ceil(n / len(train))) for problem in rng.sample(train, len(train))]
-    return epochs[:n], rng.sample(test, args.eval_problems)
+    return epochs[:n], held_out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,12 +181,13 @@ class Writers:
 
     def __init__(self, args: argparse.Namespace, pair: models.Pair):
         self.args, self.pair = args, pair
-        self.pieces = token_bytes(pair.senior_tokenizer)
-        self.boundaries: Boundaries = build_boundaries(self.pieces, pair.vocab_size).to(args.device)
+        self.pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
+        self.boundaries: Boundaries = build_boundaries(self.pieces).to(args.device)
 
     def write(self, problems: list[tasks.Problem], p: float, seed: int) -> Rollouts:
         """One rollout a problem, --rollout-batch at a time. The same seed gives the same rollouts."""
-        generator, coins = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2**32)
+        # Two streams that never coincide. (The CPU generator keeps 32 bits of a seed: seed and seed + 2**32 are one stream.)
+        generator, coins = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
         parts = []
         for start in range(0, len(problems), self.args.rollout_batch):
             parts.append(
@@ -186,6 +196,7 @@ class Writers:
                     self.pair.junior,
                     *self.prompts(problems[start : start + self.args.rollout_batch]),
                     self.pair.senior_tokenizer,
+                    self.pair.end_ids,
                     self.boundaries,
                     schedule=self.args.handoff,
                     p=p,
@@ -224,7 +235,7 @@ def make_specialist(args: argparse.Namespace, seed: int, pair: models.Pair, trai
         settings |= dict(micro_batch=args.micro_batch, label=f"specialist seed {seed}")
         models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(get_peft_model_state_dict(pair.senior), path)
+        save_whole(adapter_of(pair.senior), path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,11 +359,19 @@ def stop_unless_finite(update: int, loss: float, grad_norm: float, folder: Path)
 
 
 def save(folder: Path, update: int, senior, optimizer) -> None:
-    """Replace the state after an update; a crash in between leaves the one before."""
-    state = {"update": update, "adapter": get_peft_model_state_dict(senior), "optimizer": optimizer.state_dict()}
-    torch.save(state, folder / "state.pt.new")
-    os.replace(folder / "state.pt.new", folder / "state.pt")
+    """The adapter and, last, the state after an update: a crash in between leaves the state of the update before."""
     senior.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    save_whole({"update": update, "adapter": adapter_of(senior), "optimizer": optimizer.state_dict()}, folder / "state.pt")
+
+
+def save_whole(content: dict, path: Path) -> None:
+    """Write a file that is complete or not there."""
+    torch.save(content, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def adapter_of(senior) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(senior, save_embedding_layers=False)  # "auto" would ask the hub each time
 
 
 def restore(folder: Path, senior, optimizer, device: str) -> int:
@@ -407,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for seed, (train, held_out) in data.items():
         make_specialist(args, seed, pair, train)
-        start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(pair.senior).items()}
+        start = {name: tensor.clone() for name, tensor in adapter_of(pair.senior).items()}
         for arm in args.arms:
             set_peft_model_state_dict(pair.senior, start)  # every arm starts from the same specialist
             run_arm(args, arm, seed, writers, train, held_out)

@@ -85,14 +85,14 @@ class Boundaries:
         return Boundaries(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def token_bytes(tokenizer) -> list[bytes]:
-    """The bytes that each token id writes; empty for special tokens.
+def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
+    """The bytes that each of the `vocab_size` ids of the logits writes; empty for special tokens and unused ids.
 
     Reads the two spellings in use: byte-level BPE (GPT-2, Llama 3, Qwen), where each byte is one printable character,
     and SentencePiece (Llama 2), where "▁" is a space and "<0xE4>" a byte. Raises ValueError where neither spells a
     probe text: without the spaces there are no word boundaries.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
     special = set(tokenizer.all_special_ids)
     printable = {character: byte for byte, character in bytes_to_unicode().items()}
 
@@ -105,6 +105,7 @@ def token_bytes(tokenizer) -> list[bytes]:
 
     sentencepiece = any(piece.startswith("▁") for piece in pieces if piece)
     table = [b"" if piece is None or i in special else spell(piece) for i, piece in enumerate(pieces)]
+    table += [b""] * (vocab_size - len(table))
     ids = tokenizer(PROBE, add_special_tokens=False).input_ids
     if b"".join(table[i] for i in ids).strip() != PROBE.encode():
         raise ValueError(
@@ -114,18 +115,17 @@ def token_bytes(tokenizer) -> list[bytes]:
     return table
 
 
-def build_boundaries(pieces: list[bytes], vocab_size: int) -> Boundaries:
-    """The tables for `pieces` (see token_bytes), padded to the model's logit width `vocab_size`."""
-    if vocab_size < len(pieces):
-        raise ValueError(f"the tokenizer has {len(pieces)} tokens, the model only {vocab_size} logits")
-    # Special tokens and ids that stand for nothing come between words and open whatever comes next.
-    rows = [_describe(piece) for piece in pieces] + [_describe(b"")] * (vocab_size - len(pieces))
-    columns = [torch.tensor(column) for column in zip(*rows)]
-    return Boundaries(*columns)
+def build_boundaries(pieces: list[bytes]) -> Boundaries:
+    """The tables for the bytes of each token (see token_bytes)."""
+    columns = zip(*[_describe(piece) for piece in pieces])
+    return Boundaries(*[torch.tensor(column) for column in columns])
 
 
 def _describe(piece: bytes) -> tuple:
-    """The row of the tables for one token, in the order of the fields of Boundaries."""
+    """The row of the tables for one token, in the order of the fields of Boundaries.
+
+    A special token, which writes no bytes, stands between words and opens whatever comes next.
+    """
     text, continues, lacks = _text_of(piece)
     stripped = text.rstrip()
     tail = text[len(stripped) :]

@@ -43,7 +43,7 @@ SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
 def base_folder() -> Path:
-    """The folder of the pretrained base; made now if it is not cached. Its name holds a checksum of what made it."""
+    """The folder of the pretrained base; made now if it is not cached. Its name holds a checksum of the two files that define it."""
     sources = [Path(__file__), Path(__file__).with_name("problems.py")]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem-training"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
 from models import AdapterOff, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
@@ -48,6 +48,18 @@ def test_two_tokenizers_are_refused(base_folder, sentencepiece, tmp_path):
     sentencepiece.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{base_folder} has 317 tokens, {tmp_path} has \d+"):
         load_tokenizers(base_folder, str(tmp_path))
+
+
+def test_a_token_beyond_the_logits_is_no_difference(base_folder, tokenizer, tmp_path):
+    """Some Llama-2 copies add <pad> to the tokenizer but not to the model: it is never written, so it does not count."""
+    llama(len(tokenizer), seed=5).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    padded = AutoTokenizer.from_pretrained(tmp_path)
+    padded.add_tokens(["<extra>"])
+    padded.save_pretrained(tmp_path)
+    pair = load_pair(base_folder, str(tmp_path), rank=4, four_bit=False, device="cpu")
+    assert pair.vocab_size == len(tokenizer) == len(pair.junior_tokenizer) - 1
+    assert pair.end_ids == [tokenizer.eos_token_id]
 
 
 def test_two_logit_widths_are_refused(base_folder, tokenizer, tmp_path):

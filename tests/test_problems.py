@@ -6,7 +6,7 @@ import pytest
 from problems import ANNOTATION, LANGUAGES, generate, load_gsm8k, plain, prompt
 from reward import reward
 
-EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+) = <<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")
+EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")
 
 
 def test_generated_solutions_are_right():

@@ -27,12 +27,12 @@ def prompts(tokenizer):
     return senior, junior
 
 
-def write(senior, junior, prompts, tokenizer, **options):
+def write(senior, junior, prompts, tokenizer, ends=(1,), **options):
     settings = dict(p=0.5, schedule="word", max_new_tokens=STEPS, temperature=1.3) | options
     generator, coins = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
-    boundaries = build_boundaries(token_bytes(tokenizer), len(tokenizer))
+    boundaries = build_boundaries(token_bytes(tokenizer, len(tokenizer)))
     padded = left_pad(prompts[0]), left_pad(prompts[1])
-    return rollout(senior, junior, *padded, tokenizer, boundaries, generator=generator, coin_generator=coins, **settings)
+    return rollout(senior, junior, *padded, tokenizer, ends, boundaries, generator=generator, coin_generator=coins, **settings)
 
 
 def slow_row(senior, junior, prompts, row, tokenizer, p, temperature=1.3, steps=STEPS):
@@ -40,7 +40,7 @@ def slow_row(senior, junior, prompts, row, tokenizer, p, temperature=1.3, steps=
     batch = len(prompts[0])
     noise = torch.rand(2, steps, batch, generator=torch.Generator().manual_seed(1))
     coins = torch.rand(steps, batch, generator=torch.Generator().manual_seed(2))
-    pieces = token_bytes(tokenizer)
+    pieces = token_bytes(tokenizer, len(tokenizer))
     text, written, active, tosses = b"", [], None, 0
     for t in range(steps):
         own = []
@@ -66,7 +66,7 @@ class WholeText:
 
     def __init__(self, model, tokenizer):
         self.model = model
-        self.half = torch.tensor(["\ufffd" in piece.decode(errors="replace") for piece in token_bytes(tokenizer)])
+        self.half = torch.tensor(["\ufffd" in piece.decode(errors="replace") for piece in token_bytes(tokenizer, len(tokenizer))])
 
     def __call__(self, **inputs):
         out = self.model(**inputs)
@@ -86,7 +86,7 @@ def test_against_the_slow_writer(make_model, prompts, tokenizer, p):
         assert rollouts.senior_mask[row].tolist()[:n] == [int(by_senior) for _, by_senior in expected]
         assert rollouts.completion_mask[row].tolist() == [1] * n + [0] * (rollouts.completion_ids.shape[1] - n)
         assert rollouts.senior_mask[row, n:].sum() == 0
-        assert rollouts.completion_ids[row, n:].eq(tokenizer.pad_token_id).all()
+        assert rollouts.completion_ids[row, n:].eq(tokenizer.eos_token_id).all()
 
 
 def with_ends(model, tokenizer, factor=3.0):
@@ -110,6 +110,13 @@ def test_rows_end_at_different_times(tokenizer, prompts):
     for row in range(len(rollouts)):
         expected = slow_row(senior, junior, prompts, row, tokenizer, 0.5, steps=40)
         assert rollouts.completion_ids[row, : lengths[row]].tolist() == [token for token, _ in expected]
+
+
+def test_any_of_several_tokens_ends_a_text(tokenizer, prompts):
+    """Two models of one vocabulary may end a text differently: with every token an end, each row is one token."""
+    model = llama(len(tokenizer), 0)
+    rollouts = write(model, model, prompts, tokenizer, ends=tuple(range(len(tokenizer))))
+    assert rollouts.completion_mask.tolist() == [[1]] * len(prompts[0])
 
 
 @pytest.mark.parametrize("schedule", ["token", "word", "sentence", "paragraph", "redraw"])
@@ -195,7 +202,7 @@ def test_positions_ignore_padding():
 
 def test_handoffs_and_stretches(tokenizer, prompts):
     rollouts = write(llama(len(tokenizer), 0), llama(len(tokenizer), 1), prompts, tokenizer)
-    pieces = token_bytes(tokenizer)
+    pieces = token_bytes(tokenizer, len(tokenizer))
     for row in range(len(rollouts)):
         real = rollouts.completion_mask[row].bool()
         ids, by_senior = rollouts.completion_ids[row][real].tolist(), rollouts.senior_mask[row][real].tolist()

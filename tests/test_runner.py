@@ -1,6 +1,7 @@
 """The runner end to end with a random base, and every error that it must give before anything long begins."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -96,6 +97,8 @@ def test_resume_gives_the_same_run(command, tmp_path):
     before = (broken / "metrics.jsonl").read_text()
     main([*other, "--resume"])  # a finished arm is not run again
     assert (broken / "metrics.jsonl").read_text() == before
+    with pytest.raises(SystemExit):
+        main([*other, "--resume", "--lr", "0.5"])
 
 
 def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatch):
@@ -125,6 +128,25 @@ def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
         main([*command, "--arms", "tandem"])
 
 
+def test_coins_and_tokens_are_two_streams(command, monkeypatch):
+    """The runner's own generators, for each seed that it uses: no two of them begin alike. A coin that is the number
+    with which the senior samples would let it write only from the lower half of its distribution."""
+    seen = []
+    real = run_gsm8k.rollout
+
+    def spy(*args, generator, coin_generator, **options):
+        for one in (generator, coin_generator):
+            seen.append(torch.rand(4, generator=one.clone_state()).tolist())
+        return real(*args, generator=generator, coin_generator=coin_generator, **options)
+
+    monkeypatch.setattr(run_gsm8k, "rollout", spy)
+    main([*command, "--arms", "tandem", "--rollout-batch", "8"])
+    tokens, coins = seen[::2], seen[1::2]
+    assert len(tokens) == 7  # 3 + 2 evaluations, 2 updates
+    assert not [coin for coin in coins if coin in tokens]
+    assert len({tuple(numbers) for numbers in tokens}) == 3  # evaluations repeat theirs, updates do not
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -137,6 +159,8 @@ def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
         ("--junior-weight 1.5", "--junior-weight 1.5"),
         ("--wrong-weight 0.4", "--wrong-weight 0.4"),
         ("--temperature 0", "--temperature 0.0: must be above 0"),
+        ("--rollouts-per-prompt 0", "--rollouts-per-prompt 0: must be at least 1"),
+        ("--seed -1", "--seed -1"),
         ("--updates 0", "--updates 0: must be at least 1"),
         ("--lr -1", "--lr -1.0: must be above 0"),
         ("--specialist-steps -1", "--specialist-steps -1"),
@@ -146,8 +170,6 @@ def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--setting", "skill", *flags.split()])
     assert stop.value.code == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 

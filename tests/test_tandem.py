@@ -11,7 +11,7 @@ from tandem import Handoff, build_boundaries, is_word_character, opens_word, tok
 def authors(pieces: list[bytes], ids: list[int], coins: str, schedule: str, **options) -> tuple[str, int]:
     """Authors of `ids`, whatever the author samples, and the number of coins used, for coins such as "SJ"."""
     numbers = [0.25 if coin == "S" else 0.75 for coin in coins] + [0.25] * (len(ids) + 1 - len(coins))
-    handoff = Handoff(build_boundaries(pieces, len(pieces)), schedule, 0.5, torch.tensor(numbers)[:, None], **options)
+    handoff = Handoff(build_boundaries(pieces), schedule, 0.5, torch.tensor(numbers)[:, None], **options)
     who = ""
     for token in ids:
         written, senior = handoff.choose(torch.tensor([token]), torch.tensor([token]))
@@ -94,7 +94,7 @@ def test_the_tables_agree_with_the_definition(before, piece, opens):
 )
 def test_characters_in_pieces(pieces, tosses):
     """No toss after a token that ends inside a character; what a split character was decides on the next token."""
-    ids, handoff = range(len(pieces)), Handoff(build_boundaries(pieces, len(pieces)), "word", 0.5, torch.zeros(9, 1))
+    ids, handoff = range(len(pieces)), Handoff(build_boundaries(pieces), "word", 0.5, torch.zeros(9, 1))
     seen = []
     for token in ids:
         before = handoff.tosses.item()
@@ -115,7 +115,7 @@ def test_characters_in_pieces(pieces, tosses):
 )
 def test_units(schedule, tosses):
     pieces = [b"She", b" has", b" 24", b".", b"5", b" clips", b".", b"\n", b"\n", b"She", b" left"]
-    handoff = Handoff(build_boundaries(pieces, len(pieces)), schedule, 0.5, torch.zeros(99, 1))
+    handoff = Handoff(build_boundaries(pieces), schedule, 0.5, torch.zeros(99, 1))
     used = []
     for token in range(len(pieces)):
         handoff.choose(torch.tensor([token]), torch.tensor([token]))
@@ -133,7 +133,7 @@ def test_a_sentence_within_a_line(schedule, expected):
 def test_a_thrown_away_sample():
     """The junior is active and samples a new word; the coin names the senior, whose own sample is written instead."""
     pieces = [b"a", b" b", b"c"]
-    handoff = Handoff(build_boundaries(pieces, 3), "word", 0.5, torch.tensor([[0.75], [0.25]]))
+    handoff = Handoff(build_boundaries(pieces), "word", 0.5, torch.tensor([[0.75], [0.25]]))
     assert handoff.choose(torch.tensor([0]), torch.tensor([2]))[0].item() == 2  # J writes c
     written, senior = handoff.choose(torch.tensor([2]), torch.tensor([1]))  # J samples " b", S samples "c"
     assert (written.item(), senior.item()) == (2, True)  # so S goes on inside J's word, as the rule has it
@@ -141,9 +141,9 @@ def test_a_thrown_away_sample():
 
 def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
     """Byte-level BPE: for all pairs of tokens that are whole text, the tables say what opens_word says."""
-    pieces = token_bytes(tokenizer)
+    pieces = token_bytes(tokenizer, len(tokenizer))
     whole = [i for i, piece in enumerate(pieces) if piece and "\ufffd" not in piece.decode(errors="replace")]
-    table = build_boundaries(pieces, len(pieces))
+    table = build_boundaries(pieces)
     for i in whole:
         for j in whole:
             joined = bool(table.ends_word[i] & table.starts_word[j])
@@ -152,7 +152,7 @@ def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
 
 def test_sentencepiece(sentencepiece):
     """ "▁" is a space and <0xE4> a byte, so pieces spell the text that they decode to."""
-    pieces = token_bytes(sentencepiece)
+    pieces = token_bytes(sentencepiece, len(sentencepiece))
     for text in ("48 words", "schön 三个 😀", "In 48/2 = <<48/2=24>>24\nwords"):
         ids = sentencepiece(text, add_special_tokens=False).input_ids
         assert b"".join(pieces[i] for i in ids).decode().strip() == text
@@ -163,18 +163,22 @@ def test_a_tokenizer_without_spaces_is_refused():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "A": 1, "word": 2, ",": 3, "48": 4, "words": 5}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="no word boundaries can be derived from .* \(toy\)"):
-        token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", name_or_path="toy"))
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", name_or_path="toy"), 6)
+
+
+def test_ids_beyond_the_tokenizer_or_the_logits(tokenizer):
+    """Logits wider than the tokenizer: unused ids write nothing. Narrower: a token that was only added is dropped."""
+    n = len(tokenizer)
+    assert token_bytes(tokenizer, n + 3) == token_bytes(tokenizer, n) + [b""] * 3
+    assert token_bytes(tokenizer, n - 1) == token_bytes(tokenizer, n)[:-1]
 
 
 def test_bad_arguments():
-    table = build_boundaries([b"a"], 4)  # padded to the logit width
-    assert len(table.blank) == 4
+    table = build_boundaries([b"a"])
     with pytest.raises(ValueError, match="unknown handoff schedule 'words'"):
         Handoff(table, "words", 0.5, torch.zeros(1, 1))
     with pytest.raises(ValueError, match="1.5"):
         Handoff(table, "word", 1.5, torch.zeros(1, 1))
-    with pytest.raises(ValueError, match="2 tokens, the model only 1"):
-        build_boundaries([b"a", b"b"], 1)
 
 
 def test_what_is_a_word_character():
