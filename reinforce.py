@@ -10,7 +10,7 @@ Maximised, for rollouts y with reward r (West et al., 2025, section 3 and append
     w m                 token_weights         log pi_senior      completion_logprobs
 
 What that optimises. Under `token` and `redraw` with j = 0 and w = r, the gradient of (1) is the exact policy gradient
-of the expected team reward; under `word` it is a close approximation (see tandem.py). With j = 1, the paper's choice,
+of the expected team reward; under `word` it is an approximation (see tandem.py). With j = 1, the paper's choice,
 it is neither: the senior is also pulled towards what the junior wrote in rollouts that came out right. The value of
 the loss measures nothing: it is built so that its gradient is right. Watch the rewards.
 
@@ -79,14 +79,16 @@ def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: floa
     """
     denominator = rollouts.completion_mask.sum()
     rows = (weights != 0).any(1).nonzero()[:, 0]
+    if len(rows) == 0:
+        return None
     rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
-    total = None
+    total = 0.0
     for part in rows.split(micro_batch):
         few = select(rollouts, part)
         logprobs = completion_logprobs(model, few, temperature)
         loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
         loss.backward()
-        total = loss.item() + (total or 0.0)
+        total += loss.item()
     return total
 
 

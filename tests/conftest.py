@@ -1,5 +1,9 @@
 """Random tiny models. initializer_range=0.3 makes their distributions sharp enough for a mistake to show."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test waits for a network
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,8 +42,8 @@ def llama(vocab_size: int, seed: int, dtype=torch.float32):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # the smallest width that 4-bit blocks fit
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=256,

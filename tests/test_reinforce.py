@@ -117,7 +117,7 @@ def test_wrong_rollouts_count_in_the_mean_but_are_not_run(tokenizer):
     _, gradient = gradients(model, rollouts, weights)
     few = select(rollouts, torch.tensor([0, 2, 4]))
     _, alone = gradients(model, few, few.completion_mask.double())
-    assert torch.allclose(gradient, alone * 11 / 21, atol=1e-12)
+    assert (gradient - alone * 11 / 21).norm() < 1e-5 * gradient.norm()  # Llama's norms are float32, come what may
 
 
 def test_nothing_to_learn_from(tokenizer):
