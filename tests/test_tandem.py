@@ -162,7 +162,7 @@ def test_sentencepiece(sentencepiece):
 def test_a_tokenizer_without_spaces_is_refused():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "A": 1, "word": 2, ",": 3, "48": 4, "words": 5}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match="no word boundaries can be derived from .* \(toy\)"):
+    with pytest.raises(ValueError, match=r"no word boundaries can be derived from .* \(toy\)"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", name_or_path="toy"), 6)
 
 
