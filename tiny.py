@@ -43,14 +43,17 @@ SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
 def base_folder() -> Path:
-    """The folder of the pretrained base; made now if it is not cached. Its name holds a checksum of the two files that define it."""
+    """The folder of the pretrained base, below ~/.cache/tandem-training; made now if it is not there.
+
+    Its name holds a checksum of the two files that define it, so that a change to them makes a new base.
+    """
     sources = [Path(__file__), Path(__file__).with_name("problems.py")]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem-training"
     folder = cache / f"tiny-{key}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        print(f"pretraining the tiny base, once: it is kept in {folder}")
+        print("pretraining the tiny base, once: from now on it comes from the cache")
         draft = tempfile.mkdtemp(dir=cache)
         pretrain(draft)
         try:
