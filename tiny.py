@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -54,8 +55,9 @@ def base_folder() -> Path:
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         print("pretraining the tiny base, once: from now on it comes from the cache")
-        draft = tempfile.mkdtemp(dir=cache)
+        draft, started = tempfile.mkdtemp(dir=cache), time.time()
         pretrain(draft)
+        print(f"pretrained after {(time.time() - started) / 60:.1f} minutes")
         try:
             os.rename(draft, folder)  # complete or not there at all, whoever else is at it
         except OSError:
