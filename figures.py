@@ -50,12 +50,12 @@ def figure_2(folder: str | Path) -> Path:
     """Accuracy and jargon against updates, tandem beside standard RL; PNG and PDF in `folder`."""
     runs = read_runs(folder)
     panels = [
-        ("senior", "accuracy", "accuracy, senior alone (%)"),
-        ("senior", "jargon", "solutions with jargon, senior alone (%)"),
-        ("tandem", "accuracy", "accuracy, senior and junior together (%)"),
+        ("senior", "accuracy", "accuracy (%)", "senior alone"),
+        ("senior", "jargon", "solutions with jargon (%)", "senior alone"),
+        ("tandem", "accuracy", "accuracy (%)", "senior and junior together"),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), layout="constrained")
-    for ax, (who, what, label) in zip(axes, panels):
+    for ax, (who, what, label, title) in zip(axes, panels):
         for arm, (name, colour, marker) in ARMS.items():
             if arm in runs:
                 for seed in runs[arm]:
@@ -67,7 +67,7 @@ def figure_2(folder: str | Path) -> Path:
         _, share, low, high = pooled(next(iter(runs.values())), "junior", what)[0]
         ax.axhline(100 * share, color=JUNIOR_GREY, linestyle="--", linewidth=1, label="junior alone")
         ax.axhspan(100 * low, 100 * high, color=JUNIOR_GREY, alpha=0.1, lw=0)
-        ax.set(xlabel="updates", ylabel=label, ylim=(-3, 103))
+        ax.set(xlabel="updates", ylabel=label, title=title, ylim=(-3, 103))
         ax.grid(alpha=0.25)
     axes[1].legend(frameon=False, fontsize=8)
     seeds = max(map(len, runs.values()))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
         folder = tmp_path / "runs" / "skill" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
         assert config["flags"]["batch"] == 8
-        assert config["versions"]["torch"] == torch.__version__
+        assert config["versions"]["torch"] == version("torch")
         start, first, second = rows(folder / "metrics.jsonl")
         assert set(start) == {"update", "eval"}
         assert set(start["eval"]) == {"senior", "tandem", "junior"}
