@@ -1,6 +1,6 @@
 """Tandem training on GSM8K, from the first line to Figure 2 (West, Anderson, Kamar, Horvitz, 2025).
 
-    python run_gsm8k.py --setting skill                    # no GPU: the tiny preset, 5 minutes on two cores, then 3
+    python run_gsm8k.py --setting skill                    # no GPU: the tiny preset, 4 minutes on two cores, then 2
     python run_gsm8k.py --setting skill --seeds 3          # three seeds, as in results/
     python run_gsm8k.py --setting skill --preset paper     # the default on a GPU: two Llama-2-7B in 4 bits, real GSM8K
     python run_gsm8k.py --setting skill --preset tiny --senior PATH --junior PATH --problems FOLDER  # your own
