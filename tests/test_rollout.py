@@ -181,6 +181,8 @@ def test_sample_inverts_the_distribution():
     ids, logprobs = sample(logits, torch.tensor([0.0, 0.249, 0.2501, 0.5, 1 - 2**-24]), 1.0)
     assert ids.tolist() == [0, 0, 2, 2, 2]
     assert torch.allclose(logprobs[0].exp(), torch.tensor([0.25, 0.0, 0.75]))
+    first_impossible = torch.tensor([[0.0, 0.25, 0.75]]).log()
+    assert sample(first_impossible, torch.zeros(1), 1.0)[0].item() == 1
 
 
 def test_sample_draws_in_proportion():
