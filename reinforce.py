@@ -1,6 +1,6 @@
 """The update: REINFORCE on the senior, over text that two models wrote.
 
-Maximised, for rollouts y with reward r (West et al., 2025, section 3 and appendix E):
+Maximised, for rollouts y with reward r (West et al., 2025; c and j: appendix E):
 
     J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                   (1)
     w(y) = 1 if r = 1 else c          m_t = 1 if the senior wrote y_t else j                          (2)

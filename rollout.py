@@ -8,7 +8,7 @@ the next one under its own prompt. The handoff (tandem.py) keeps one of the two:
     prompt x_senior, x_junior   prompt_ids, one Reader each       written text y   completion_ids
     who wrote y_t               senior_mask                       temperature T    temperature
 
-(West et al., 2025, section 3.) Whoever wrote a token is recorded when it is sampled, and its id goes to the loss
+(West et al., 2025.) Whoever wrote a token is recorded when it is sampled, and its id goes to the loss
 untouched: text is for the verifier and for people.
 
 All random numbers are drawn before the first token, one a row and a step, and a token is found by inverting the
