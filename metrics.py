@@ -2,6 +2,7 @@
 
     jargon       a solution that contains "<<" or ">>" (West et al., 2025: share of solutions with annotations)
     language     the most likely language of a solution's words, among those in play (library py3langid)
+    handoffs     how often the author changes, and how often within an expression such as 48/2=<<48/2=24>>24
     interval     Wilson's 95 % score interval for a share of n independent solutions
 
 All work on text and know nothing of models. Not here: handoff robustness, legibility and drift (Tandem RL, 2026).
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 from reward import reward
 
 NOT_WORDS = re.compile(r"<<[^\n]*?>>|[^\w\s']|[\d_]")  # annotations, then punctuation and digits
+
+
+NUMBER = r"[($]*[0-9]+(?:[.,][0-9]+)*[)%]*"
+EXPRESSION = re.compile(rf"(?:<<)?{NUMBER}(?:\s?[-+*/×÷=<>]+\s?{NUMBER})+(?:\s?[=<>]+)?")
 
 
 def has_jargon(text: str) -> bool:
@@ -47,6 +52,19 @@ def summarise(texts: Sequence[str], golds: Sequence[str], lengths: Sequence[int]
         "languages": {language: count / n for language, count in sorted(spoken.items())},
         "tokens": sum(lengths) / n,
     }
+
+
+def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict:
+    """Means over joint rollouts, each [(author, text), ...] as rollout.stretches gives it: all handoffs, those inside expressions."""
+    total = inside = 0
+    for stretches in rollouts:
+        spans = [match.span() for match in EXPRESSION.finditer("".join(text for _, text in stretches))]
+        position = 0
+        for _, text in stretches[:-1]:
+            position += len(text)
+            total += 1
+            inside += any(start < position < end for start, end in spans)
+    return {"handoffs": total / len(rollouts), "handoffs_inside": inside / len(rollouts)}
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

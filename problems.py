@@ -9,8 +9,8 @@ annotated form each step carries a calculator annotation, as in GSM8K (Cobbe et 
 `<<12-5=7>>` is the jargon of the skill setting: a specialist is taught to write it, its junior is not.
 
 Generated problems have two to four steps and the same format, in three languages, so that a model of half a million
-parameters can learn them on a laptop. Test problems are never trained on: a checksum of the question decides its
-split, so the two sets cannot meet, whatever the seeds.
+parameters can learn them on a laptop. A checksum of the question decides its split, so that training, validation and
+test problems cannot meet, whatever the seeds.
 
 Not here: pretraining (tiny.py), the checkpoints (models.py), the verifier (reward.py).
 """
@@ -110,14 +110,18 @@ OPENINGS, EVENTS, COMPARISON = (
 LARGEST = 99  # every number stays below 100, so that the tokenizer can give each a token of its own
 
 
+def split_of(question: str) -> str:
+    """ "train", "validation" or "test": 8, 1 and 1 tenths of all questions, by their checksum."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
 def generate(n: int, split: str, seed: int) -> list[Problem]:
-    """n generated problems of one split ("train" or "test"), the same for the same seed."""
+    """n generated problems of one split (see split_of), the same for the same seed."""
     rng = random.Random(f"{split} {seed}")
     problems: list[Problem] = []
     while len(problems) < n:
         problem = _draw(rng)
-        is_test = zlib.crc32(problem.question.encode()) % 10 == 0
-        if is_test == (split == "test"):
+        if split_of(problem.question) == split:
             problems.append(problem)
     return problems
 
@@ -166,20 +170,69 @@ def _operand(rng: random.Random, op: str, value: int) -> int | None:
 # Prompts. Senior and junior each have their own; the text that they write is shared.
 
 CUES = {"en": "Answer:", "de": "Antwort:", "fr": "Réponse:"}
+INSTRUCTIONS = {
+    "en": "Solve the problem step by step in English. Write #### and then the final number on the last line.",
+    "de": "Löse die Aufgabe Schritt für Schritt auf Deutsch. Schreibe in die letzte Zeile #### und dann das Ergebnis.",
+    "fr": "Résous le problème étape par étape en français. Écris sur la dernière ligne #### puis le résultat.",
+}
 
 
-def prompt(question: str, language: str = "en") -> str:
-    """What a model is asked: the question, then a cue in the language in which it is to answer."""
-    return f"Question: {question}\n{CUES[language]}"
+def prompt(question: str, language: str = "en", shots: list[tuple[str, str]] = ()) -> str:
+    """What a model is asked: the question, then a cue in the language in which it is to answer.
 
-
-INSTRUCTION = "Solve the problem step by step. Write #### and then the final number on the last line."
-
-
-def chat_prompt(tokenizer, question: str) -> str:
-    """The same question for a chat model, through its own template.
-
-    # Open in paper: the prompt texts.
+    shots: solved examples (question, solution) that go before it, under an instruction in that language.
+    # Open in paper: the prompt texts. Questions stay in English, as those of GSM8K are.
     """
-    message = {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    asked = f"Question: {question}\n{CUES[language]}"
+    if not shots:
+        return asked
+    solved = [f"Question: {shot}\n{CUES[language]} {solution}" for shot, solution in shots]
+    return "\n\n".join([INSTRUCTIONS[language], *solved, asked])
+
+
+def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tuple[str, str]] = ()) -> str:
+    """The same for a chat model, through its own template; each example is a turn of the conversation."""
+    turns = [*shots, (question, None)]
+    messages = []
+    for asked, solution in turns:
+        messages.append({"role": "user", "content": f"{asked}\n{INSTRUCTIONS[language]}"})
+        if solution is not None:
+            messages.append({"role": "assistant", "content": solution})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def demonstrations(n: int, language: str, annotated: bool) -> list[tuple[str, str]]:
+    """n solved examples (question, solution) in a language, with <<...>> for a specialist and without for its junior."""
+    solutions = [example.solutions[language] for example in EXAMPLES[:n]]
+    return [(example.question, text if annotated else plain(text)) for example, text in zip(EXAMPLES, solutions)]
+
+
+EXAMPLES = [
+    Problem(
+        "Each morning a bakery bakes 5 trays with 24 rolls each. By noon 87 rolls are sold. How many rolls are left?",
+        {
+            "en": "Each morning the bakery bakes 24*5=<<24*5=120>>120 rolls.\nBy noon 87 are sold, so 120-87=<<120-87=33>>33 rolls are left.\n#### 33",
+            "de": "Jeden Morgen backt die Bäckerei 24*5=<<24*5=120>>120 Brötchen.\nBis zum Mittag sind 87 verkauft, also bleiben 120-87=<<120-87=33>>33 Brötchen übrig.\n#### 33",
+            "fr": "Chaque matin, la boulangerie cuit 24*5=<<24*5=120>>120 petits pains.\nÀ midi, 87 sont vendus : il en reste donc 120-87=<<120-87=33>>33.\n#### 33",
+        },
+        "33",
+    ),
+    Problem(
+        "Tom earns $14 an hour and works 6 hours on Saturday. He spends half of the money on a jacket. How many dollars does he keep?",
+        {
+            "en": "On Saturday Tom earns 14*6=<<14*6=84>>84 dollars.\nThe jacket costs half of that, 84/2=<<84/2=42>>42 dollars.\nSo he keeps 84-42=<<84-42=42>>42 dollars.\n#### 42",
+            "de": "Am Samstag verdient Tom 14*6=<<14*6=84>>84 Dollar.\nDie Jacke kostet die Hälfte davon, also 84/2=<<84/2=42>>42 Dollar.\nEr behält also 84-42=<<84-42=42>>42 Dollar.\n#### 42",
+            "fr": "Le samedi, Tom gagne 14*6=<<14*6=84>>84 dollars.\nLa veste coûte la moitié de cette somme, soit 84/2=<<84/2=42>>42 dollars.\nIl garde donc 84-42=<<84-42=42>>42 dollars.\n#### 42",
+        },
+        "42",
+    ),
+    Problem(
+        "A class of 30 pupils visits a museum. A ticket costs 4 euros, and the guide costs 45 euros for the whole class. What does the visit cost?",
+        {
+            "en": "The tickets cost 30*4=<<30*4=120>>120 euros.\nTogether with the guide that is 120+45=<<120+45=165>>165 euros.\n#### 165",
+            "de": "Die Eintrittskarten kosten 30*4=<<30*4=120>>120 Euro.\nZusammen mit der Führung sind das 120+45=<<120+45=165>>165 Euro.\n#### 165",
+            "fr": "Les billets coûtent 30*4=<<30*4=120>>120 euros.\nAvec le guide, cela fait 120+45=<<120+45=165>>165 euros.\n#### 165",
+        },
+        "165",
+    ),
+]

@@ -19,14 +19,17 @@ Not here: nucleus or top-k sampling (they would make the log-probabilities of th
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicLayer
 
 from tandem import Boundaries, Handoff
 
 # Letters: B rollouts, P prompt, C completion, V vocabulary.
 CHECK_EVERY = 4  # steps between looks at which rows have ended: a look makes an accelerator wait
+KEEP = 0.8  # they leave when they are a fifth of the batch: leaving copies the cache of those that stay
 
 
 @dataclass
@@ -50,19 +53,49 @@ class Rollouts:
         return (changes & self.completion_mask[:, 1:].bool()).sum(1)
 
 
-class Reader:
-    """One model's view of the shared text: its prompt, its key-value cache, its logits for the next token."""
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values in a room of its final size. The stock cache copies all of them at each token."""
 
-    def __init__(self, model, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int):
-        batch = len(prompt_ids)
-        self.model, self.cache, self.length = model, None, 0
-        self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)  # (B, P+C)
-        self.position = prompt_mask.sum(1, keepdim=True)  # (B, 1) of the next token: padding has none
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.filled = room, 0  # in tokens
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in the keys and values of new tokens, (B, heads, new, width), and return those of all tokens."""
+        if self.filled == 0:
+            self.lazy_initialization(keys, values)
+            self.rooms = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]
+        start, self.filled = self.filled, self.filled + keys.shape[2]
+        for room, new in zip(self.rooms, (keys, values)):
+            room[:, :, start : self.filled] = new
+        self.keys, self.values = (room[:, :, : self.filled] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in a smaller room."""
+        for i, old in enumerate(self.rooms):
+            self.rooms[i] = old.new_empty(len(indices), *old.shape[1:])
+            self.rooms[i][:, :, : self.filled] = old[indices, :, : self.filled]
+        self.keys, self.values = (room[:, :, : self.filled] for room in self.rooms)
+
+
+class Reader:
+    """A view of the shared text: prompts, a key-value cache, the logits for the next token.
+
+    With two voices it reads for senior and junior at once: twice the rows, the senior's above the junior's.
+    """
+
+    def __init__(self, model, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int, voices: int = 1):
+        rows, width = prompt_ids.shape
+        self.model, self.voices, self.length = model, voices, 0
+        self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, width + max_new_tokens))
+        self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (voices*B, P+C)
+        self.position = prompt_mask.sum(1, keepdim=True)  # (voices*B, 1) of the next token: padding has none
         self._read(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
 
     def read(self, ids: torch.Tensor) -> None:
-        """Append one written token (B,) to what the model has seen."""
-        self._read(ids[:, None], self.position)
+        """Append one written token (B,) to what each voice has seen."""
+        self._read(ids.repeat(self.voices)[:, None], self.position)
         self.position = self.position + 1
 
     def _read(self, ids: torch.Tensor, position_ids: torch.Tensor) -> None:
@@ -75,9 +108,11 @@ class Reader:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]  # (B, V)
+        self.logits = out.logits[:, -1].chunk(self.voices)  # (B, V) each
 
     def keep(self, index: torch.Tensor) -> None:
+        rows = len(self.mask) // self.voices
+        index = torch.cat([index + voice * rows for voice in range(self.voices)])
         self.mask, self.position = self.mask[index], self.position[index]
         self.cache.batch_select_indices(index)
 
@@ -158,34 +193,43 @@ def rollout(
     noise = torch.rand(2, max_new_tokens, batch, generator=generator, device=generator.device).to(device)
     coins = torch.rand(max_new_tokens, batch, generator=coin_generator, device=coin_generator.device).to(device)
     handoff = Handoff(boundaries, schedule, p, coins)
-    readers = (
-        Reader(senior, *senior_prompts, max_new_tokens) if p > 0 else None,
-        Reader(junior, *junior_prompts, max_new_tokens) if p < 1 else None,
-    )
+    if p == 1 or p == 0:
+        readers = [Reader(senior, *senior_prompts, max_new_tokens) if p else Reader(junior, *junior_prompts, max_new_tokens)]
+    elif getattr(junior, "senior", None) is senior:  # one copy of the weights: one forward pass for both
+        readers = [Reader(junior.beside_senior, *_stack(senior_prompts, junior_prompts), max_new_tokens, voices=2)]
+    else:
+        readers = [Reader(senior, *senior_prompts, max_new_tokens), Reader(junior, *junior_prompts, max_new_tokens)]
     page = Page(batch, max_new_tokens, end_ids, device)
-    _write_together(readers, handoff, page, noise, temperature)
+    _write_together(readers, handoff, page, noise if 0 < p < 1 else noise[int(p == 0)][None], temperature, p)
     return page.rollouts(senior_prompts, tokenizer)
 
 
-def _write_together(readers: tuple, handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float) -> None:
-    """The loop: both sample, the handoff chooses, both read what was chosen."""
+def _stack(*prompts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts (ids, mask) below each other, at one width."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    return tuple(torch.cat([functional.pad(x, (width - x.shape[1], 0)) for x in kind]) for kind in zip(*prompts))
+
+
+def _write_together(readers: list[Reader], handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float, p) -> None:
+    """The loop: both sample, the handoff chooses, both read what was chosen. noise: (writers, C, B)."""
     steps = noise.shape[1]
     for t in range(steps):
-        # Each model samples its own next token; for one that never writes, the other's stands in.
-        drawn = [reader and sample(reader.logits, noise[m, t, page.rows], temperature) for m, reader in enumerate(readers)]
-        (senior_ids, logprobs), (junior_ids, _) = drawn[0] or drawn[1], drawn[1] or drawn[0]
+        logits = [part for reader in readers for part in reader.logits]  # the senior's, the junior's; one if one writes alone
+        drawn = [sample(part, noise[m, t, page.rows], temperature) for m, part in enumerate(logits)]
+        (senior_ids, logprobs), (junior_ids, _) = drawn[0], drawn[-1]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
-        page.write(t, ids, by_senior, logprobs if readers[0] else None)
+        page.write(t, ids, by_senior, logprobs if p else None)
 
-        if t % CHECK_EVERY == CHECK_EVERY - 1 and not page.alive.all():  # finished rows leave the batch
+        if t % CHECK_EVERY == CHECK_EVERY - 1:
             index = page.alive.nonzero()[:, 0]
             if len(index) == 0:
                 return
-            ids = ids[index]
-            for part in filter(None, (page, handoff, *readers)):
-                part.keep(index)
+            if len(index) <= KEEP * len(page.rows):  # finished rows leave the batch, some at a time: it copies the cache
+                ids = ids[index]
+                for part in (page, handoff, *readers):
+                    part.keep(index)
         if t + 1 < steps:
-            for reader in filter(None, readers):
+            for reader in readers:
                 reader.read(ids)
 
 

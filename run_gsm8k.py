@@ -1,22 +1,26 @@
-"""Tandem training on GSM8K, from the first line to Figure 2 (West, Anderson, Kamar, Horvitz, 2025).
+"""Tandem training on GSM8K, from the first line to every figure of the paper (West, Anderson, Kamar, Horvitz, 2025).
 
-    python run_gsm8k.py --setting skill                    # no GPU: the tiny preset, 4 minutes on two cores, then 2
-    python run_gsm8k.py --setting skill --seeds 3          # three seeds, as in results/
+    python run_gsm8k.py --setting skill                    # Figure 2. No GPU: the tiny preset, MINUTES
+    python run_gsm8k.py --setting language                 # Figure 3: senior and junior speak different languages
+    python run_gsm8k.py --setting granularity              # when the coin is tossed, and with which probability
+    python run_gsm8k.py --setting control                  # reward or imitation?
+    python run_gsm8k.py --setting sweep                    # Appendix E: the weights c and j
+    python run_gsm8k.py --setting all --seeds 3            # everything, as in results/; --resume goes on arm by arm
     python run_gsm8k.py --setting skill --preset paper     # the default on a GPU: two Llama-2-7B in 4 bits, real GSM8K
     python run_gsm8k.py --setting skill --preset tiny --senior PATH --junior PATH --problems FOLDER  # your own
 
-Skill: a senior that writes <<48/2=24>> in its solutions trains with a junior that does not. Two arms, from the same
-specialist: `tandem`, and `solo`, which is standard RL and the control.
+A *setting* is a set of arms, and an *arm* is a set of flags (SETTINGS below). All arms of a seed that share a senior's
+language start from one specialist, which writes <<48/2=24>> in its solutions; its junior does not.
 
 Each update: problems -> two prompts -> rollouts -> rewards -> weights -> backward -> step -> one row of metrics.jsonl.
 
-    runs/skill/ARM/seed-K/config.json     every flag, versions, device, commit
-                          metrics.jsonl   one row an update
-                          samples.jsonl   evaluation rollouts, with the author of each stretch of text
-                          adapter/        the senior, for PeftModel.from_pretrained
-                          state.pt        what --resume needs
-    runs/skill/specialist/                the adapter from which both arms of a seed start
-    runs/skill/figure2.png, .pdf
+    runs/SETTING/ARM/seed-K/config.json     every flag, versions, device, commit
+                            metrics.jsonl   one row an update
+                            samples.jsonl   evaluation rollouts, with the author of each stretch of text
+                            adapter/        the senior, for PeftModel.from_pretrained
+                            state.pt        what --resume needs
+    runs/specialist/LANGUAGE/seed-K/        the adapter from which the arms of a seed start
+    runs/SETTING/*.png, .pdf                figures (figures.py draws them again)
 """
 
 import argparse
@@ -25,9 +29,11 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,34 +45,75 @@ import figures
 import models
 import problems as tasks
 import tiny
-from metrics import summarise
+from metrics import count_handoffs, summarise
 from reinforce import backward, token_weights
 from reward import reward
 from rollout import Rollouts, join, rollout, stretches
 from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Settings: the experiments. An arm is a set of flags that go over those of the command line.
+
+PAIRS = ("en-de", "de-en", "de-fr", "fr-de")  # senior -> junior.  Open in paper: which languages, which pairs
+SWEEP_C, SWEEP_J = (0.0, -0.1, -0.3, -0.5), (0.0, 0.2, 0.35, 0.5, 1.0)
+
+
+def speak(pair: str) -> dict:
+    """The flags of a language pair such as "de-fr"."""
+    senior, junior = pair.split("-")
+    return {"senior_language": senior, "junior_language": junior}
+
+
+def grid_arm(prefix: str, c: float, j: float) -> str:
+    return f"{prefix}c{c:g}-j{j:g}"
+
+
+SETTINGS: dict[str, dict[str, dict]] = {
+    # Figure 2: tandem training, and standard RL as the control
+    "skill": {"tandem": {}, "solo": {"solo": True}},
+    # Figures 2 and 3: the same where the two speak different languages
+    "language": {f"{pair}-{arm}": speak(pair) | flags for pair in PAIRS for arm, flags in (("tandem", {}), ("solo", {"solo": True}))},
+    # how often the pen changes hands: the schedule at p = 0.5, then p under the default schedule
+    "granularity": {schedule: {"handoff": schedule} for schedule in SCHEDULES}
+    | {"p-0.25": {"p": 0.25}, "p-0.75": {"p": 0.75}, "p-1": {"solo": True}},
+    # is it the reward, or would the senior imitate its junior anyway?
+    "control": {
+        f"{pair}-{arm}": (speak(pair) if "-" in pair else {}) | flags
+        for pair in ("skill", "de-fr")
+        for arm, flags in (("main", {}), ("shuffled", {"rewards": "shuffled"}), ("senior-only", {"junior_weight": 0.0}))
+    },
+    # Appendix E: the best cell by validation accuracy is then confirmed on test problems, see `confirm`
+    "sweep": {grid_arm("", c, j): dict(wrong_weight=c, junior_weight=j, validation=True) for c in SWEEP_C for j in SWEEP_J},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Flags. A preset is a set of defaults, nothing more.
 
-SETTINGS = ("skill",)
-ARMS = ("tandem", "solo")
-MAY_CHANGE = ("arms", "device", "out", "resume", "seed", "seeds", "updates")  # between a run and its --resume
+MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
+LANGUAGE_UPDATES = 40  # of the tiny preset in --setting language: a language goes later than the notation
+SAMPLES = 4  # rollouts of an evaluation that are kept as text
+STOPPED = "stopped.txt"  # in the folder of a run that was stopped for good: why
+SPECIALIST_FLAGS = "specialist_steps specialist_batch specialist_lr four_bit rank problems".split()
 PLAIN_EVERY = 25  # of the generated solutions that a specialist learns from, one in so many has no annotation
 LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama-2-7b-chat-hf"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = {
     "tiny": {},
     "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_batch=16, lr=1e-4)
-    | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100),
+    | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100, shots=3),
     "paper": dict(senior=LLAMA_SENIOR, junior=LLAMA_JUNIOR, problems="openai/gsm8k", four_bit=True, max_new_tokens=256)
-    | dict(rollout_batch=24, micro_batch=1, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200),
+    | dict(rollout_batch=24, micro_batch=1, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults of the preset. Exits with a message where a value is out of range."""
     parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    chosen = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[chosen.preset])
+    if chosen.preset == "tiny" and chosen.setting == "language":
+        parser.set_defaults(updates=LANGUAGE_UPDATES)
     args = parser.parse_args(argv)
     check(args, parser.error)
     return args
@@ -76,13 +123,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="Tandem training.")
     has_gpu = torch.cuda.is_available()
     group = parser.add_argument_group("experiment")
-    group.add_argument("--setting", required=True, choices=SETTINGS, help="which figure of the paper")
+    group.add_argument("--setting", required=True, choices=(*SETTINGS, "all"), help="which experiment")
     group.add_argument("--preset", choices=PRESETS, default="paper" if has_gpu else "tiny", help="a set of defaults")
-    group.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="tandem training, standard RL")
+    group.add_argument("--arms", nargs="+", default=None, help="only these arms of the setting")
     group.add_argument("--seeds", type=int, default=1, help="how many seeds of each arm")
     group.add_argument("--seed", type=int, default=0, help="the first seed")
     group.add_argument("--out", default="runs", help="where runs are written")
-    group.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    group.add_argument("--resume", action="store_true", help="go on with the runs in --out, arm by arm")
     group.add_argument("--device", default="cuda" if has_gpu else "cpu", help="where the models live")
     group = parser.add_argument_group("models")
     group.add_argument("--senior", default="tiny", help="hub id or folder; tiny: the embedded base")
@@ -96,9 +143,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--problems", default="generated", help="generated, a folder with train.jsonl and test.jsonl, or a hub id")
     group.add_argument("--eval-problems", type=int, default=200, help="held-out problems an evaluation")
     group.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
+    group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
+    group.add_argument("--senior-language", choices=tasks.LANGUAGES, default="en", help="in which the senior is asked to answer")
+    group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="in which the junior is")
+    group.add_argument("--shots", type=int, default=0, help="solved examples in the prompts, where the two languages differ")
     group = parser.add_argument_group("rollouts")
     group.add_argument("--handoff", choices=SCHEDULES, default="word", help="when a coin is tossed")
     group.add_argument("--p", type=float, default=0.5, help="probability that a coin names the senior")
+    group.add_argument("--solo", action="store_true", help="standard RL, p = 1: the senior alone writes what it is trained on")
     group.add_argument("--temperature", type=float, default=0.7, help="of sampling and of scoring")
     group.add_argument("--max-new-tokens", type=int, default=112, help="longest completion")
     group.add_argument("--batch", type=int, default=152, help="rollouts an update")
@@ -109,6 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, default=1e-3, help="learning rate (AdamW)")
     group.add_argument("--wrong-weight", type=float, default=0.0, help="c: weight of wrong rollouts")
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
+    group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: among the rollouts of a batch")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--micro-batch", type=int, default=76, help="rollouts a forward pass of the update")
     return parser
@@ -126,7 +179,7 @@ def check(args: argparse.Namespace, error) -> None:
     if not 0 <= args.seed <= args.seed + args.seeds <= 1000:
         error(f"--seed {args.seed} --seeds {args.seeds}: seeds lie between 0 and 1000")
     if not 0 < args.p < 1:
-        error(f"--p {args.p}: tandem training needs 0 < p < 1, or one of the two never writes. p = 1 is --arms solo")
+        error(f"--p {args.p}: tandem training needs 0 < p < 1, or one of the two never writes. p = 1 is --solo, standard RL")
     if not 0 <= args.junior_weight <= 1:
         error(f"--junior-weight {args.junior_weight}: j lies between 0 (ignore the junior's tokens) and 1 (in full)")
     if not -1 <= args.wrong_weight <= 0:
@@ -137,52 +190,97 @@ def check(args: argparse.Namespace, error) -> None:
         error(f"--batch {args.batch} is not divisible by --rollouts-per-prompt {args.rollouts_per_prompt}")
     if args.specialist_steps < 0:
         error(f"--specialist-steps {args.specialist_steps}: must be 0 (the senior is a specialist already) or more")
-    for arm in args.arms:
-        for seed in range(args.seed, args.seed + args.seeds):
-            folder = run_folder(args, arm, seed)
-            if folder.exists() and not args.resume:
-                error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
-            if (folder / "config.json").is_file():
-                before = json.loads((folder / "config.json").read_text())["flags"]
-                changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
-                if changed:
-                    flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
-                    error(f"{folder} was begun with {flags}: resume it so, or choose another --out")
+    if not 0 <= args.shots <= len(tasks.EXAMPLES):
+        error(f"--shots {args.shots}: there are {len(tasks.EXAMPLES)} solved examples (problems.py), and none is 0")
+    arms = [arm for setting in settings_of(args) for arm in SETTINGS[setting]]
+    unknown = sorted(set(args.arms or ()) - set(arms))
+    if unknown:
+        error(f"--arms {' '.join(unknown)}: not an arm of --setting {args.setting}. Choose from {', '.join(arms)}")
+    for run in runs_of(args):
+        check_folder(run, error)
 
 
-def run_folder(args: argparse.Namespace, arm: str, seed: int) -> Path:
-    return Path(args.out) / args.setting / arm / f"seed-{seed}"
+def check_folder(run: argparse.Namespace, error) -> None:
+    """Refuse to write over a run, or to go on with one under other flags."""
+    folder = folder_of(run)
+    if folder.exists() and not run.resume:
+        error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
+    if (folder / "config.json").is_file():
+        before = json.loads((folder / "config.json").read_text())["flags"]
+        changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(run, name, None)]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+            error(f"{folder} was begun with {flags}: resume it so, or choose another --out")
+
+
+def settings_of(args: argparse.Namespace) -> list[str]:
+    return list(SETTINGS) if args.setting == "all" else [args.setting]
+
+
+def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags of every run of the command, one a seed and arm, in the order in which they are made."""
+    return [
+        run_with(args, setting, arm, seed, flags)
+        for setting in settings_of(args)
+        for seed in range(args.seed, args.seed + args.seeds)
+        for arm, flags in SETTINGS[setting].items()
+        if args.arms is None or arm in args.arms
+    ]
+
+
+def run_with(args: argparse.Namespace, setting: str, arm: str, seed: int, flags: dict) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | flags | {"setting": setting, "arm": arm, "seed": seed})
+
+
+def confirm(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """After the sweep: its best cell and the main one (c = 0, j = 1), trained anew and evaluated on test problems."""
+    best = figures.best_cell(Path(args.out) / "sweep")
+    cells = dict.fromkeys([(0.0, 1.0), best]) if best else {}  # one if they are the same
+    return [
+        run_with(args, "sweep", grid_arm("test-", c, j), seed, dict(wrong_weight=c, junior_weight=j))
+        for seed in range(args.seed, args.seed + args.seeds)
+        for c, j in cells
+    ]
+
+
+def folder_of(run: argparse.Namespace) -> Path:
+    return Path(run.out) / run.setting / run.arm / f"seed-{run.seed}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems
 
 
-def load_problems(args: argparse.Namespace, seed: int) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
+def load_problems(run: argparse.Namespace) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
     """One training problem for each prompt of each update, and the held-out problems of this seed."""
-    n = args.updates * args.batch // args.rollouts_per_prompt
-    if args.problems == "generated":
-        return tasks.generate(n, "train", seed), tasks.generate(args.eval_problems, "test", seed)
-    train, test = (tasks.load_gsm8k(args.problems, split) for split in ("train", "test"))
-    if not train or len(test) < args.eval_problems:
-        raise ValueError(f"{args.problems}: {len(train)} training and {len(test)} test problems, --eval-problems {args.eval_problems}")
-    rng = random.Random(seed)
-    held_out = rng.sample(test, args.eval_problems)  # drawn first: the same ones when --updates grows
+    n = run.updates * run.batch // run.rollouts_per_prompt
+    held_out = "validation" if run.validation else "test"
+    if run.problems == "generated":
+        return tasks.generate(n, "train", run.seed), tasks.generate(run.eval_problems, held_out, run.seed)
+    train, test = (tasks.load_gsm8k(run.problems, split) for split in ("train", "test"))
+    if run.validation:
+        test = [problem for problem in train if tasks.split_of(problem.question) == "validation"]
+        train = [problem for problem in train if tasks.split_of(problem.question) != "validation"]
+    if not train or len(test) < run.eval_problems:
+        raise ValueError(f"{run.problems}: {len(train)} training and {len(test)} {held_out} problems, --eval-problems {run.eval_problems}")
+    rng = random.Random(run.seed)
+    chosen = rng.sample(test, run.eval_problems)  # drawn first: the same ones when --updates grows
     epochs = [problem for _ in range(math.ceil(n / len(train))) for problem in rng.sample(train, len(train))]
-    return epochs[:n], held_out
+    return epochs[:n], chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Co-writing: what binds rollout.py to this pair and these flags
 
 
+@dataclass
 class Writers:
-    """The pair, ready to write: senior and junior, their prompts, the tables of the handoff."""
+    """The pair, ready to write under the flags of a run: senior and junior, their prompts, the tables of the handoff."""
 
-    def __init__(self, args: argparse.Namespace, pair: models.Pair):
-        self.args, self.pair = args, pair
-        self.pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
-        self.boundaries: Boundaries = build_boundaries(self.pieces).to(args.device)
+    args: argparse.Namespace
+    pair: models.Pair
+    pieces: list[bytes]
+    boundaries: Boundaries
 
     def write(self, problems: list[tasks.Problem], p: float, seed: int) -> Rollouts:
         """One rollout a problem, --rollout-batch at a time. The same seed gives the same rollouts."""
@@ -210,39 +308,56 @@ class Writers:
 
     def prompts(self, problems: list[tasks.Problem]):
         """What each model is asked. The specialist knows Question/Answer; a chat model is asked as in a chat."""
-        senior, junior = self.pair.senior_tokenizer, self.pair.junior_tokenizer
-        plain = [tasks.prompt(problem.question) for problem in problems]
-        chat = [tasks.chat_prompt(junior, problem.question) for problem in problems] if junior.chat_template else plain
-        device = self.args.device
-        return models.encode_prompts(senior, plain, device), models.encode_prompts(junior, chat, device)
+        args, junior = self.args, self.pair.junior_tokenizer
+        shots = args.shots if args.senior_language != args.junior_language else 0
+        for_senior = args.senior_language, tasks.demonstrations(shots, args.senior_language, annotated=True)
+        for_junior = args.junior_language, tasks.demonstrations(shots, args.junior_language, annotated=False)
+        asked = [problem.question for problem in problems]
+        senior_prompts = [tasks.prompt(question, *for_senior) for question in asked]
+        if junior.chat_template:
+            junior_prompts = [tasks.chat_prompt(junior, question, *for_junior) for question in asked]
+        else:
+            junior_prompts = [tasks.prompt(question, *for_junior) for question in asked]
+        encoded = models.encode_prompts(self.pair.senior_tokenizer, senior_prompts, args.device)
+        return encoded, models.encode_prompts(junior, junior_prompts, args.device)
 
 
-def make_specialist(args: argparse.Namespace, seed: int, pair: models.Pair, train: list[tasks.Problem]) -> None:
-    """Give the pair a fresh adapter and, unless the senior is a specialist already, teach it <<...>> (kept for --resume)."""
-    models.reset_adapter(pair.senior, seed)
-    path = Path(args.out) / args.setting / "specialist" / f"seed-{seed}" / "adapter.pt"
-    if args.resume and path.is_file():
-        set_peft_model_state_dict(pair.senior, torch.load(path, map_location=args.device))
-    elif args.specialist_steps:
-        generated = args.problems == "generated"
-        if generated:
-            train = tasks.generate(args.specialist_steps * args.specialist_batch, "train", seed + 10**6)
-        solutions = [problem.solutions["en"] for problem in train]
-        if generated:  # GSM8K too has some without (113 of 8,792); here they keep the skill apart from the notation
-            solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
-        texts = [(tasks.prompt(problem.question), solution) for problem, solution in zip(train, solutions)]
-        settings = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=seed)
-        settings |= dict(micro_batch=args.micro_batch, label=f"specialist seed {seed}")
-        models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(adapter_of(pair.senior), path)
+def make_specialist(run: argparse.Namespace, pair: models.Pair, train: list[tasks.Problem]) -> dict[str, torch.Tensor]:
+    """Give the pair a fresh adapter and, unless the senior is a specialist already, teach it <<...>>. Returns the adapter.
+
+    It is the same for all arms with one seed and senior's language, so it is kept: each of them starts from it.
+    """
+    models.reset_adapter(pair.senior, run.seed)
+    generated = run.problems == "generated"
+    kind = run.senior_language if generated else "en-validation" if run.validation else "en"  # GSM8K has English solutions
+    path = Path(run.out) / "specialist" / kind / f"seed-{run.seed}" / "adapter.pt"
+    if run.specialist_steps == 0:
+        return copy_of_adapter(pair.senior)
+    flags = {name: getattr(run, name) for name in SPECIALIST_FLAGS} | {"base": pair.senior.name_or_path, "plain_every": PLAIN_EVERY}
+    if path.is_file():
+        kept = torch.load(path, map_location=run.device)
+        if kept["flags"] == flags:
+            return kept["adapter"]
+    if generated:
+        train = tasks.generate(run.specialist_steps * run.specialist_batch, "train", run.seed + 10**6)
+    solutions = [problem.solutions[run.senior_language if generated else "en"] for problem in train]
+    if generated:  # GSM8K too has some without (113 of 8,792); here they keep the skill apart from the notation
+        solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
+    language = run.senior_language if generated else "en"
+    texts = [(tasks.prompt(problem.question, language), solution) for problem, solution in zip(train, solutions)]
+    settings = dict(steps=run.specialist_steps, batch=run.specialist_batch, lr=run.specialist_lr, seed=run.seed)
+    settings |= dict(micro_batch=run.micro_batch, label=f"specialist {kind} seed {run.seed}")
+    models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole({"flags": flags, "adapter": copy_of_adapter(pair.senior)}, path)
+    return copy_of_adapter(pair.senior)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(writers: Writers, problems: list[tasks.Problem], who: tuple[str, ...], seed: int, update: int, folder: Path) -> dict:
+def evaluate(writers: Writers, problems: list[tasks.Problem], who: tuple[str, ...], update: int) -> dict:
     """Each of `who` on the held-out problems: {"senior": {...}, ...} as in metrics.jsonl; some texts go to samples.jsonl.
 
     # Open in paper: how solutions are decoded for evaluation. We sample as in training, with the same random numbers
@@ -251,15 +366,17 @@ def evaluate(writers: Writers, problems: list[tasks.Problem], who: tuple[str, ..
     results = {}
     for name in who:
         p = {"senior": 1.0, "tandem": writers.args.p, "junior": 0.0}[name]
-        rollouts = writers.write(problems, p, seed=10**9 + seed)
+        rollouts = writers.write(problems, p, seed=10**9 + writers.args.seed)
         golds, lengths = [problem.gold for problem in problems], rollouts.completion_mask.sum(1).tolist()
         results[name] = summarise(rollouts.texts, golds, lengths, tasks.LANGUAGES)
+        if name == "tandem":
+            results[name] |= count_handoffs([authors(writers, rollouts, i) for i in range(len(problems))])
         samples = [
             {"update": update, "who": name, "question": problem.question, "gold": problem.gold}
             | {"reward": reward(rollouts.texts[i], problem.gold), "stretches": authors(writers, rollouts, i)}
-            for i, problem in enumerate(problems[:8])
+            for i, problem in enumerate(problems[:SAMPLES])
         ]
-        with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        with open(folder_of(writers.args) / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         if name == "tandem":
             tqdm.write(f"         {show(samples[0]['stretches'])}")
@@ -282,57 +399,86 @@ def show(runs: list[tuple[str, str]]) -> str:
 # One arm: the loop
 
 
-def run_arm(args: argparse.Namespace, arm: str, seed: int, writers: Writers, train: list, held_out: list) -> None:
+def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: list) -> None:
     """Train the senior of `writers` and leave the run's files. With --resume, go on after the last finished update."""
-    folder, senior = run_folder(args, arm, seed), writers.pair.senior
-    p = 1.0 if arm == "solo" else args.p
+    folder, senior = folder_of(run), writers.pair.senior
     parameters = [parameter for parameter in senior.parameters() if parameter.requires_grad]
     # Open in paper: the optimiser and its settings beyond the learning rate.
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    first = restore(folder, senior, optimizer, args.device) if args.resume else 0
-    write_config(folder, args, arm, seed)
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
+    first = restore(folder, senior, optimizer, run.device) if run.resume else 0
+    write_config(folder, run)
 
-    for update in tqdm(range(first, args.updates + 1), desc=f"{arm} seed {seed}", unit="update"):
+    for update in tqdm(range(first, run.updates + 1), desc=f"{run.setting} {run.arm} seed {run.seed}", unit="update"):
         row: dict = {"update": update}
         if update > 0:  # update 0 is the evaluation before training
             started = time.time()
-            prompts = args.batch // args.rollouts_per_prompt
-            batch = [problem for problem in train[(update - 1) * prompts : update * prompts] for _ in range(args.rollouts_per_prompt)]
+            prompts = run.batch // run.rollouts_per_prompt
+            batch = [problem for problem in train[(update - 1) * prompts : update * prompts] for _ in range(run.rollouts_per_prompt)]
 
-            rollouts = writers.write(batch, p, seed=seed * 10**6 + update)
+            rollouts = writers.write(batch, 1.0 if run.solo else run.p, seed=run.seed * 10**6 + update)
             seconds_rollout = time.time() - started
-            rewards = torch.tensor([reward(text, problem.gold) for text, problem in zip(rollouts.texts, batch)], device=args.device)
-            weights = token_weights(rollouts, rewards, args.wrong_weight, args.junior_weight)
-            loss = backward(senior, rollouts, weights, args.temperature, args.micro_batch)
+            rewards = torch.tensor([reward(text, problem.gold) for text, problem in zip(rollouts.texts, batch)], device=run.device)
+            row |= describe(rollouts, rewards, run.solo)
+            if run.rewards == "shuffled":  # the control in which a reward says nothing of its rollout
+                rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(update)).to(run.device)]
+            weights = token_weights(rollouts, rewards, run.wrong_weight, run.junior_weight)
+            loss = backward(senior, rollouts, weights, run.temperature, run.micro_batch)
             grad_norm = None
             if loss is not None:  # else there is nothing to learn from, and the senior stays as it is
-                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-                stop_unless_finite(update, loss, grad_norm, folder)
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.clip).item()
+                stop_if_lost(row, loss, grad_norm, folder, writers.pair.vocab_size)
                 optimizer.step()
                 optimizer.zero_grad()
 
-            row |= describe(rollouts, rewards, arm) | {"loss": loss, "grad_norm": grad_norm}
+            row |= {"loss": loss, "grad_norm": grad_norm}
             row |= {"seconds_rollout": seconds_rollout, "seconds_update": time.time() - started - seconds_rollout}
-        if update % args.eval_every == 0 or update == args.updates:
+        if update % run.eval_every == 0 or update == run.updates:
+            started = time.time()
             who = ("senior", "tandem", "junior") if update == 0 else ("senior", "tandem")
-            row["eval"] = evaluate(writers, held_out, who, seed, update, folder)
+            row["eval"] = evaluate(writers, held_out, who, update)
+            row["seconds_eval"] = time.time() - started
         tqdm.write(log_line(row))
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         save(folder, update, senior, optimizer)
 
 
-def describe(rollouts: Rollouts, rewards: torch.Tensor, arm: str) -> dict:
+def describe(rollouts: Rollouts, rewards: torch.Tensor, solo: bool) -> dict:
     """What a row says of a training batch. Stops a tandem run in which one of the two wrote nothing."""
     tokens, by_senior = int(rollouts.completion_mask.sum()), int(rollouts.senior_mask.sum())
-    if arm == "tandem" and by_senior in (0, tokens):
+    if not solo and by_senior in (0, tokens):
         sys.exit(f"a tandem batch of {tokens} tokens holds {by_senior} by the senior: this is not tandem training. Check --p, --handoff")
+
+    def logprob(rows: torch.Tensor) -> float | None:  # mean nats a token, whoever wrote it, under the senior
+        return (rollouts.logprobs[rows].sum() / rollouts.completion_mask[rows].sum()).item() if rows.any() else None
+
     return {
         "reward": rewards.mean().item(),
         "senior_share": by_senior / tokens,
         "handoffs": rollouts.handoffs().float().mean().item(),
         "tokens": tokens,
+        "logprob_right": logprob(rewards == 1),
+        "logprob_wrong": logprob(rewards != 1),
     }
+
+
+class Lost(Exception):
+    """A run whose senior is past learning. Nothing that was computed is lost: its folder holds it."""
+
+
+def stop_if_lost(row: dict, loss: float, grad_norm: float, folder: Path, vocab_size: int) -> None:
+    """Raise Lost before a step that is not finite, or where pushing wrong rollouts away (c < 0) has gone too far.
+
+    That has no lower bound: log pi of what the junior wrote may fall for ever. It has gone too far where a token of a
+    wrong rollout is, in the geometric mean, less likely than if the senior knew nothing: 1 / V.
+    """
+    kept = f"Stopped before the step: {folder} holds the state after update {row['update'] - 1}. "
+    kept += "Begin anew in another --out with a smaller --lr, or a --wrong-weight nearer to 0"
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Lost(f"update {row['update']}: loss {loss}, gradient norm {grad_norm}. {kept}")
+    wrong = row["logprob_wrong"]
+    if wrong is not None and wrong < -math.log(vocab_size):
+        raise Lost(f"update {row['update']}: wrong rollouts have run away, at {wrong:.1f} nats a token. {kept}")
 
 
 def log_line(row: dict) -> str:
@@ -344,14 +490,6 @@ def log_line(row: dict) -> str:
     for who, cell in row.get("eval", {}).items():
         line += f" | {who} accuracy {cell['accuracy']:.2f} jargon {cell['jargon']:.2f}"
     return line
-
-
-def stop_unless_finite(update: int, loss: float, grad_norm: float, folder: Path) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        sys.exit(
-            f"update {update}: loss {loss}, gradient norm {grad_norm}. Stopped before the step: {folder} holds the state "
-            f"after update {update - 1}. Go on with --resume and a smaller --lr, or a --wrong-weight nearer to 0"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,6 +506,10 @@ def save_whole(content: dict, path: Path) -> None:
     """Write a file that is complete or not there."""
     torch.save(content, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
+
+
+def copy_of_adapter(senior) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter_of(senior).items()}
 
 
 def adapter_of(senior) -> dict[str, torch.Tensor]:
@@ -390,16 +532,31 @@ def restore(folder: Path, senior, optimizer, device: str) -> int:
     return state["update"] + 1
 
 
-def write_config(folder: Path, args: argparse.Namespace, arm: str, seed: int) -> None:
+def finished(run: argparse.Namespace) -> bool:
+    """Whether the last update of a run is on disk, or it was stopped for good."""
+    state = folder_of(run) / "state.pt"
+    return (folder_of(run) / STOPPED).is_file() or (state.is_file() and torch.load(state)["update"] >= run.updates)
+
+
+def twin_of(run: argparse.Namespace) -> Path | None:
+    """The folder of a finished run of another setting with the same flags: two settings may share an arm."""
+    for path in sorted(Path(run.out).glob(f"*/*/seed-{run.seed}/config.json")):
+        flags = json.loads(path.read_text())["flags"]
+        other = argparse.Namespace(**vars(run) | {"setting": flags["setting"], "arm": flags["arm"]})
+        same = all(flags[name] == value for name, value in vars(run).items() if name not in (*MAY_CHANGE, "setting", "arm"))
+        if same and flags["updates"] == run.updates and folder_of(other) == path.parent and finished(other):
+            return path.parent
+    return None
+
+
+def write_config(folder: Path, run: argparse.Namespace) -> None:
     """config.json: every flag, and what is needed to tell one machine's run from another's."""
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if run.device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
     config = {
-        "flags": vars(args),
-        "arm": arm,
-        "seed": seed,
+        "flags": vars(run),
         "device": device,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "tokenizers")},
@@ -417,21 +574,49 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cpu":
         torch.set_num_threads(min(os.cpu_count() or 1, 8))  # more only wait for each other on models this small
     try:
-        data = {seed: load_problems(args, seed) for seed in range(args.seed, args.seed + args.seeds)}
+        for run in runs_of(args)[:1]:
+            load_problems(run)  # an unreadable file is best found before a model is loaded
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device)
-        writers = Writers(args, pair)
+        pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
+        writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
-    for seed, (train, held_out) in data.items():
-        make_specialist(args, seed, pair, train)
-        start = {name: tensor.clone() for name, tensor in adapter_of(pair.senior).items()}
-        for arm in args.arms:
-            set_peft_model_state_dict(pair.senior, start)  # every arm starts from the same specialist
-            run_arm(args, arm, seed, writers, train, held_out)
-    folder = Path(args.out) / args.setting
-    print(f"\n{figures.table(folder)}\n\n{figures.figure_2(folder)} after {(time.time() - started) / 60:.1f} minutes")
+    todo = [run for run in runs_of(args) if not finished(run)]
+    confirmed = "sweep" not in settings_of(args) or args.arms is not None
+    lost, clock = [], time.time()
+    for done, run in enumerate(todo):  # grows once: see confirm
+        lost += carry_out(run, writers)
+        if run is todo[-1] and not confirmed:
+            todo += [run for run in confirm(args) if not finished(run)]
+            confirmed = True
+        left = (time.time() - clock) / (done + 1) * (len(todo) - done - 1) / 60
+        print(f"{done + 1} of {len(todo)} runs are done, about {left:.0f} minutes are left\n")
+    for setting in settings_of(args):
+        figures.draw(Path(args.out) / setting)
+    print(f"after {(time.time() - started) / 60:.1f} minutes")
+    if lost:
+        sys.exit("\n".join(lost))
+
+
+def carry_out(run: argparse.Namespace, writers: Writers) -> list[str]:
+    """One run, from its specialist to its last row; [why it was stopped] if it was."""
+    twin = twin_of(run)
+    if twin is not None:
+        print(f"{folder_of(run)}: the same run as {twin}, copied")
+        shutil.copytree(twin, folder_of(run), dirs_exist_ok=True)
+        write_config(folder_of(run), run)
+        return []
+    train, held_out = load_problems(run)
+    set_peft_model_state_dict(writers.pair.senior, make_specialist(run, writers.pair, train))
+    try:
+        run_arm(run, replace(writers, args=run), train, held_out)
+    except Lost as why:
+        (folder_of(run) / STOPPED).write_text(f"{why}\n")
+        print(why)
+        return [str(why)]
+    return []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 import pytest
 
-from metrics import has_jargon, language_of, summarise, wilson_interval
+from metrics import count_handoffs, has_jargon, language_of, summarise, wilson_interval
 from problems import LANGUAGES, generate, plain
 
 
@@ -51,3 +51,23 @@ def test_summary_by_hand():
         "languages": {"de": third, "en": third, "none": third},
         "tokens": 7,
     }
+
+
+@pytest.mark.parametrize(
+    ("stretches", "handoffs", "inside"),
+    [
+        ("She sells 5: |12-5=<<12-5=7>>7.", 1, 0),  # before the expression
+        ("She sells 5: 12-|5=<<12-5=7>>7.", 1, 1),
+        ("She sells 5: 12-5=<<12-|5=|7>>|7|.", 4, 3),  # the last one is after it
+        ("48/2| = |24 clips", 2, 2),  # spaces around an operator are inside
+        ("Sie besitzt 9|-mal so| viele", 2, 0),
+        ("#### |18", 1, 0),
+        ("She has 3 |and| 4", 2, 0),
+        ("so <<1|,000*2", 1, 1),
+        ("no handoff", 0, 0),
+    ],
+)
+def test_handoffs_inside_expressions(stretches, handoffs, inside):
+    cut = [("senior" if i % 2 == 0 else "junior", text) for i, text in enumerate(stretches.split("|"))]
+    assert count_handoffs([cut]) == {"handoffs": handoffs, "handoffs_inside": inside}
+    assert count_handoffs([cut, [("senior", "1+1")]]) == {"handoffs": handoffs / 2, "handoffs_inside": inside / 2}

@@ -6,6 +6,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
 from models import AdapterOff, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
+from rollout import rollout
+from tandem import build_boundaries, token_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -34,6 +36,40 @@ def test_one_checkpoint_one_base(base_folder, four_bit):
         assert any(type(module).__name__ == "Linear4bit" for module in pair.senior.modules())
     reset_adapter(pair.senior, seed=0)
     assert torch.equal(pair.senior(input_ids=IDS).logits, base)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_one_forward_pass_for_both(base_folder, four_bit):
+    """The upper half of the rows is the senior's, the lower half the junior's: as in two passes of their own."""
+    pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu")
+    move_adapter(pair)
+    rows = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [20, 30, 40, 50], [4, 4, 9, 9]])
+    with torch.no_grad():
+        both = pair.junior.beside_senior(input_ids=rows).logits
+        senior, junior = pair.senior(input_ids=rows[:2]).logits, pair.junior(input_ids=rows[2:]).logits
+        assert torch.allclose(both[:2], senior, atol=1e-4)
+        assert torch.allclose(both[2:], junior, atol=1e-4)
+        assert not torch.allclose(pair.senior(input_ids=rows[2:]).logits, junior, atol=1e-2)  # the adapter matters
+
+
+def test_rollouts_of_one_pass_and_of_two(base_folder):
+    """A pair on one base writes the same with stacked rows as with a junior that is run on its own."""
+    pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
+    move_adapter(pair)
+    pair.senior.double()
+    tokenizer = pair.senior_tokenizer
+    senior_prompts = encode_prompts(tokenizer, ["In", "Natalia sold 48", "She"], "cpu")
+    junior_prompts = encode_prompts(tokenizer, ["days", "sold half as many. She", "48/2 ="], "cpu")
+    boundaries = build_boundaries(token_bytes(tokenizer, pair.vocab_size))
+
+    def write(junior):
+        generators = dict(generator=torch.Generator().manual_seed(1), coin_generator=torch.Generator().manual_seed(2))
+        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, max_new_tokens=20, **generators)
+
+    stacked, apart = write(pair.junior), write(lambda **inputs: pair.junior(**inputs))
+    assert torch.equal(stacked.completion_ids, apart.completion_ids)
+    assert torch.equal(stacked.senior_mask, apart.senior_mask)
+    assert torch.allclose(stacked.logprobs, apart.logprobs, atol=1e-10)
 
 
 def test_two_checkpoints(base_folder, tokenizer, tmp_path):

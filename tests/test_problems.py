@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from problems import ANNOTATION, LANGUAGES, generate, load_gsm8k, plain, prompt
+from metrics import has_jargon, language_of
+from problems import ANNOTATION, EXAMPLES, INSTRUCTIONS, LANGUAGES, chat_prompt, demonstrations, generate, load_gsm8k, plain, prompt
 from reward import reward
 
 EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")
@@ -34,16 +35,52 @@ def test_numbers_of_the_question_are_used():
         assert set(told) <= set(re.findall("[0-9]+", problem.solutions["en"]))
 
 
-def test_train_and_test_never_meet():
-    train, test = ({problem.question for problem in generate(3000, split, seed)} for split, seed in (("train", 0), ("test", 9)))
+def test_the_splits_never_meet():
+    seeds = {"train": 0, "validation": 9, "test": 9}
+    train, validation, test = ({problem.question for problem in generate(3000, split, seed)} for split, seed in seeds.items())
     assert len(train) > 2900
     assert not train & test
+    assert not train & validation
+    assert not validation & test
     assert generate(5, "train", 1) == generate(5, "train", 1) != generate(5, "train", 2)
 
 
 def test_prompt_cues():
     assert prompt("Why?") == "Question: Why?\nAnswer:"
     assert [prompt("Why?", language).split("\n")[1] for language in LANGUAGES] == ["Answer:", "Antwort:", "Réponse:"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_demonstrations(language):
+    """Right in each step, in their language, annotated for the specialist alone."""
+    for annotated in (True, False):
+        shots = demonstrations(len(EXAMPLES), language, annotated)
+        for (question, solution), example in zip(shots, EXAMPLES):
+            assert question == example.question
+            assert reward(solution, example.gold) == 1.0
+            assert has_jargon(solution) == annotated
+            assert language_of(solution, LANGUAGES) == language
+    for example in EXAMPLES:
+        for a, op, b, *again, result, written in EXPRESSION.findall(example.solutions[language]):
+            assert again == [a, op, b]
+            assert (
+                {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(result) == int(written)
+            )
+        assert len(EXPRESSION.findall(example.solutions[language])) == example.solutions[language].count("<<") >= 2
+
+
+def test_prompts_with_shots():
+    """Instruction, solved example, question; a chat has a turn for each."""
+    shots = [("Q1?", "A1")]
+    assert prompt("Q2?", "de", shots) == f"{INSTRUCTIONS['de']}\n\nQuestion: Q1?\nAntwort: A1\n\nQuestion: Q2?\nAntwort:"
+
+    class Chat:
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return [(message["role"], message["content"]) for message in messages]
+
+    instruction = INSTRUCTIONS["fr"]
+    turns = [("user", f"Q1?\n{instruction}"), ("assistant", "A1"), ("user", f"Q2?\n{instruction}")]
+    assert chat_prompt(Chat(), "Q2?", "fr", shots) == turns
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_positions_ignore_padding():
     row = [5, 6, 7, 8]
     alone = Reader(model, torch.tensor([row]), torch.ones(1, 4, dtype=torch.long), 4)
     padded = Reader(model, torch.tensor([[0, 0, 0, *row]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]]), 4)
-    assert torch.allclose(alone.logits, padded.logits, atol=1e-4)
+    assert torch.allclose(*alone.logits, *padded.logits, atol=1e-4)
 
 
 def test_handoffs_and_stretches(tokenizer, prompts):

@@ -40,20 +40,22 @@ def always_right(monkeypatch):
 def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, capsys):
     main(command)
     out = capsys.readouterr().out
-    assert "| tandem | accuracy, senior alone |" in out
+    assert "| tandem (1, 2) |" in out
     for arm in ("tandem", "solo"):
         folder = tmp_path / "runs" / "skill" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
         assert config["flags"]["batch"] == 8
         assert config["versions"]["torch"] == version("torch")
         start, first, second = rows(folder / "metrics.jsonl")
-        assert set(start) == {"update", "eval"}
+        assert set(start) == {"update", "eval", "seconds_eval"}
         assert set(start["eval"]) == {"senior", "tandem", "junior"}
         assert set(start["eval"]["senior"]) == {"n", "accuracy", "jargon", "languages", "tokens"}
-        expected = "update reward senior_share handoffs loss grad_norm tokens seconds_rollout seconds_update".split()
+        expected = "update reward senior_share handoffs loss grad_norm tokens logprob_right logprob_wrong seconds_rollout seconds_update"
+        expected = expected.split()
         assert set(first) == set(expected)
-        assert set(second) == {*expected, "eval"}
+        assert set(second) == {*expected, "eval", "seconds_eval"}
         assert set(second["eval"]) == {"senior", "tandem"}
+        assert set(second["eval"]["tandem"]) == {*second["eval"]["senior"], "handoffs", "handoffs_inside"}
         assert (first["senior_share"] == 1.0) == (arm == "solo")
         assert first["loss"] is not None
         samples = rows(folder / "samples.jsonl")
@@ -111,14 +113,102 @@ def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.usefixtures("always_right")
-def test_a_gradient_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch):
-    """The state on disk is that of the last good update: here of update 0, since update 1 fails."""
-    monkeypatch.setattr(run_gsm8k, "backward", lambda *_: float("nan"))
-    with pytest.raises(SystemExit, match="update 1: loss nan.*state after update 0.*--resume"):
-        main([*command, "--arms", "tandem"])
-    folder = tmp_path / "runs" / "skill" / "tandem" / "seed-0"
-    assert torch.load(folder / "state.pt")["update"] == 0
-    assert len(rows(folder / "metrics.jsonl")) == 1
+def test_a_lost_run_is_kept_and_the_next_one_begins(command, tmp_path, monkeypatch):
+    """The first arm's gradient is not finite: its state is that of update 0, it says why, and the second arm is made."""
+    real, calls = run_gsm8k.backward, []
+
+    def first_arm_fails(*args):
+        calls.append(1)
+        return float("nan") if len(calls) == 1 else real(*args)
+
+    monkeypatch.setattr(run_gsm8k, "backward", first_arm_fails)
+    with pytest.raises(SystemExit, match="update 1: loss nan.*state after update 0.*smaller --lr"):
+        main(command)
+    folder = tmp_path / "runs" / "skill"
+    assert torch.load(folder / "tandem" / "seed-0" / "state.pt")["update"] == 0
+    assert len(rows(folder / "tandem" / "seed-0" / "metrics.jsonl")) == 1
+    assert "loss nan" in (folder / "tandem" / "seed-0" / "stopped.txt").read_text()
+    assert len(rows(folder / "solo" / "seed-0" / "metrics.jsonl")) == 3
+    before = len(calls)
+    main([*command, "--resume"])  # neither is run again
+    assert len(calls) == before
+
+
+def test_wrong_rollouts_that_run_away_stop_the_run():
+    """V = 100: guessing at random is log 100 = 4.6 nats a token. 4.5 goes on, 4.7 does not."""
+    row = {"update": 3, "logprob_wrong": -4.5}
+    run_gsm8k.stop_if_lost(row, 0.1, 0.1, "folder", 100)
+    with pytest.raises(run_gsm8k.Lost, match="update 3: wrong rollouts have run away, at -4.7 nats a token.*--wrong-weight nearer to 0"):
+        run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, "folder", 100)
+
+
+@pytest.mark.usefixtures("always_right")
+def test_all_settings_arm_by_arm(command, tmp_path, monkeypatch, capsys):
+    """Two arms of each setting. Interrupted and resumed, every run is made once; shared arms are copied; the sweep's best
+    cell and the main one are confirmed on test problems; all figures are there."""
+    few = {"skill": ("tandem", "solo"), "language": ("de-fr-tandem", "de-fr-solo"), "granularity": ("word", "p-0.25")}
+    few |= {"control": ("skill-main", "skill-shuffled"), "sweep": ("c-0.1-j0.5", "c-0.5-j0")}
+    monkeypatch.setattr(run_gsm8k, "SETTINGS", {k: {arm: run_gsm8k.SETTINGS[k][arm] for arm in arms} for k, arms in few.items()})
+    flags = [*command, "--setting", "all", "--updates", "1", "--eval-every", "1"]
+    real, made = run_gsm8k.run_arm, []
+
+    def spy(run, *rest):
+        if len(made) == 4:
+            made.append("interrupted")
+            raise KeyboardInterrupt
+        real(run, *rest)
+        made.append((run.setting, run.arm))
+
+    monkeypatch.setattr(run_gsm8k, "run_arm", spy)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags)
+    main([*flags, "--resume"])
+    made.remove("interrupted")
+    assert len(made) == len(set(made))
+    shared = {("granularity", "word"), ("control", "skill-main"), ("sweep", "test-c0-j1")}
+    every = {(setting, arm) for setting, arms in few.items() for arm in arms}
+    best = run_gsm8k.grid_arm("test-", *figures.best_cell(tmp_path / "runs" / "sweep"))
+    assert set(made) == every - shared | {("sweep", best)}
+    out = capsys.readouterr().out
+    assert "5 of 10 runs are done" in out  # 4 made, 1 copied; then came the interruption
+    assert "7 of 7 runs are done, about 0 minutes are left" in out  # the other 5, and 2 to confirm
+    assert "the same run as" in out
+    for setting, name in shared | every | {("sweep", best)}:
+        config = json.loads((tmp_path / "runs" / setting / name / "seed-0" / "config.json").read_text())
+        assert (config["flags"]["setting"], config["flags"]["arm"]) == (setting, name)
+        assert config["flags"]["validation"] == (setting == "sweep" and not name.startswith("test-"))
+    drawn = {path.relative_to(tmp_path / "runs").as_posix() for path in (tmp_path / "runs").rglob("*.png")}
+    names = "skill/figure2 language/figure2 language/figure3 granularity/granularity control/control sweep/appendixE"
+    assert drawn == {f"{name}.png" for name in names.split()}
+    assert all((tmp_path / "runs" / path).with_suffix(".pdf").is_file() for path in drawn)
+
+
+def test_each_writer_is_asked_in_its_language(command, monkeypatch):
+    """fr -> de: the senior's prompts end in the French cue, the junior's in the German one."""
+    asked = []
+    real = run_gsm8k.models.encode_prompts
+    monkeypatch.setattr(run_gsm8k.models, "encode_prompts", lambda t, prompts, d: asked.append(prompts[0]) or real(t, prompts, d))
+    main([*command, "--setting", "language", "--arms", "fr-de-tandem", "--shots", "1", "--updates", "1"])
+    senior, junior = asked[0], asked[1]
+    assert senior.endswith("\nRéponse:")
+    assert senior.startswith("Résous le problème")
+    assert "<<24*5=120>>" in senior
+    assert junior.endswith("\nAntwort:")
+    assert junior.startswith("Löse die Aufgabe")
+    assert "<<" not in junior
+
+
+def test_shuffled_rewards(command, monkeypatch):
+    """The same number of right rollouts, other ones: the row reports the true rewards, the weights follow the shuffled ones."""
+    weighted, values = [], iter([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0] * 100)
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
+    real = run_gsm8k.token_weights
+    monkeypatch.setattr(
+        run_gsm8k, "token_weights", lambda rollouts, rewards, c, j: weighted.append(rewards.tolist()) or real(rollouts, rewards, c, j)
+    )
+    main([*command, "--setting", "control", "--arms", "skill-shuffled"])
+    assert all(sum(rewards) == 3 for rewards in weighted)
+    assert len({tuple(rewards) for rewards in weighted}) == 2  # of two updates
 
 
 def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
@@ -155,7 +245,7 @@ def test_coins_and_tokens_are_two_streams(command, monkeypatch):
         ("--preset big", "invalid choice: 'big'"),
         ("--handoff words", "invalid choice: 'words'"),
         ("--batch 7", "--batch 7 is not divisible by --rollouts-per-prompt 2"),
-        ("--p 1.0", "--p 1.0.*--arms solo"),
+        ("--p 1.0", "--p 1.0.*--solo"),
         ("--p 0", "--p 0"),
         ("--junior-weight 1.5", "--junior-weight 1.5"),
         ("--wrong-weight 0.4", "--wrong-weight 0.4"),
@@ -165,6 +255,9 @@ def test_coins_and_tokens_are_two_streams(command, monkeypatch):
         ("--updates 0", "--updates 0: must be at least 1"),
         ("--lr -1", "--lr -1.0: must be above 0"),
         ("--specialist-steps -1", "--specialist-steps -1"),
+        ("--arms tandm", "--arms tandm: not an arm of --setting skill. Choose from tandem, solo"),
+        ("--shots 9", "--shots 9: there are 3 solved examples"),
+        ("--senior-language es", "invalid choice: 'es'"),
     ],
 )
 def test_bad_flags(flags, message, capsys):
@@ -210,20 +303,6 @@ def test_real_format_problems(command, tmp_path):
     main([*command, "--problems", str(tmp_path), "--arms", "solo"])
     with pytest.raises(SystemExit, match="4 training and 4 test problems, --eval-problems 5"):
         main([*command, "--problems", str(tmp_path), "--eval-problems", "5", "--out", str(tmp_path / "more")])
-
-
-def test_pooling_by_hand(tmp_path):
-    """Two seeds, 3 of 4 and 1 of 4: pooled 4 of 8, with the Wilson interval of 8."""
-    for seed, accuracy in enumerate((0.75, 0.25)):
-        folder = tmp_path / "tandem" / f"seed-{seed}"
-        folder.mkdir(parents=True)
-        cell = {"n": 4, "accuracy": accuracy, "jargon": 1.0}
-        every = {"senior": cell, "tandem": cell, "junior": cell}
-        (folder / "metrics.jsonl").write_text(json.dumps({"update": 0, "eval": every}) + "\n")
-    ((update, share, low, high),) = figures.pooled(figures.read_runs(tmp_path)["tandem"], "senior", "accuracy")
-    assert (update, share) == (0, 0.5)
-    assert (low, high) == pytest.approx((0.2152, 0.7848), abs=1e-4)
-    assert figures.figure_2(tmp_path).is_file()
 
 
 def test_no_runs_to_draw(tmp_path):
