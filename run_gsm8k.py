@@ -91,7 +91,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
 # Flags. A preset is a set of defaults, nothing more.
 
 MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
-LANGUAGE_UPDATES = 40  # of the tiny preset in --setting language: a language goes later than the notation
+UPDATES, LANGUAGE_UPDATES = 28, 40  # without --updates: where both answer in one language, and in two. A language goes later
 SAMPLES = 4  # rollouts of an evaluation that are kept as text
 STOPPED = "stopped.txt"  # in the folder of a run that was stopped for good: why
 SPECIALIST_FLAGS = "specialist_steps specialist_batch specialist_lr four_bit rank problems".split()
@@ -110,10 +110,7 @@ PRESETS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults of the preset. Exits with a message where a value is out of range."""
     parser = make_parser()
-    chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS[chosen.preset])
-    if chosen.preset == "tiny" and chosen.setting == "language":
-        parser.set_defaults(updates=LANGUAGE_UPDATES)
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
     check(args, parser.error)
     return args
@@ -157,7 +154,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--rollouts-per-prompt", type=int, default=2, help="of which each problem gets this many")
     group.add_argument("--rollout-batch", type=int, default=200, help="rollouts written at one time")
     group = parser.add_argument_group("update")
-    group.add_argument("--updates", type=int, default=28, help="updates of an arm")
+    group.add_argument(
+        "--updates", type=int, help=f"updates of an arm; 0 only evaluates. {UPDATES}, or {LANGUAGE_UPDATES} in two languages"
+    )
     group.add_argument("--lr", type=float, default=1e-3, help="learning rate (AdamW)")
     group.add_argument("--wrong-weight", type=float, default=0.0, help="c: weight of wrong rollouts")
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
@@ -170,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace, error) -> None:
     """Refuse impossible values, naming the value and the remedy, before anything long begins."""
     at_least_1 = "seeds rank specialist_batch eval_problems eval_every max_new_tokens batch rollouts_per_prompt"
-    for name in f"{at_least_1} rollout_batch updates micro_batch".split():
+    for name in f"{at_least_1} rollout_batch micro_batch".split():
         if getattr(args, name) < 1:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name in ("lr", "specialist_lr", "clip"):
@@ -188,6 +187,8 @@ def check(args: argparse.Namespace, error) -> None:
         error(f"--temperature {args.temperature}: must be above 0, since the policy gradient needs sampling")
     if args.batch % args.rollouts_per_prompt:
         error(f"--batch {args.batch} is not divisible by --rollouts-per-prompt {args.rollouts_per_prompt}")
+    if args.updates is not None and args.updates < 0:
+        error(f"--updates {args.updates}: must be 0 (only evaluate) or more")
     if args.specialist_steps < 0:
         error(f"--specialist-steps {args.specialist_steps}: must be 0 (the senior is a specialist already) or more")
     if not 0 <= args.shots <= len(tasks.EXAMPLES):
@@ -229,7 +230,10 @@ def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def run_with(args: argparse.Namespace, setting: str, arm: str, seed: int, flags: dict) -> argparse.Namespace:
-    return argparse.Namespace(**vars(args) | flags | {"setting": setting, "arm": arm, "seed": seed})
+    run = argparse.Namespace(**vars(args) | flags | {"setting": setting, "arm": arm, "seed": seed})
+    if run.updates is None:
+        run.updates = UPDATES if run.senior_language == run.junior_language else LANGUAGE_UPDATES
+    return run
 
 
 def confirm(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -540,12 +544,13 @@ def finished(run: argparse.Namespace) -> bool:
 
 def twin_of(run: argparse.Namespace) -> Path | None:
     """The folder of a finished run of another setting with the same flags: two settings may share an arm."""
+    matter = {name: value for name, value in vars(run).items() if name not in MAY_CHANGE or name == "updates"}
     for path in sorted(Path(run.out).glob(f"*/*/seed-{run.seed}/config.json")):
         flags = json.loads(path.read_text())["flags"]
-        other = argparse.Namespace(**vars(run) | {"setting": flags["setting"], "arm": flags["arm"]})
-        same = all(flags[name] == value for name, value in vars(run).items() if name not in (*MAY_CHANGE, "setting", "arm"))
-        if same and flags["updates"] == run.updates and folder_of(other) == path.parent and finished(other):
-            return path.parent
+        place = {name: flags.get(name) for name in ("setting", "arm")}
+        twin = argparse.Namespace(**vars(run) | place)
+        if all(flags.get(name) == value for name, value in (matter | place).items()) and finished(twin):
+            return folder_of(twin)
     return None
 
 

@@ -252,7 +252,7 @@ def test_coins_and_tokens_are_two_streams(command, monkeypatch):
         ("--temperature 0", "--temperature 0.0: must be above 0"),
         ("--rollouts-per-prompt 0", "--rollouts-per-prompt 0: must be at least 1"),
         ("--seed -1", "--seed -1"),
-        ("--updates 0", "--updates 0: must be at least 1"),
+        ("--updates -1", "--updates -1: must be 0"),
         ("--lr -1", "--lr -1.0: must be above 0"),
         ("--specialist-steps -1", "--specialist-steps -1"),
         ("--arms tandm", "--arms tandm: not an arm of --setting skill. Choose from tandem, solo"),
