@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = parse_args(argv)
     if args.device == "cpu":
-        torch.set_num_threads(min(os.cpu_count() or 1, 8))  # more only wait for each other on models this small
+        torch.set_num_threads(min(torch.get_num_threads(), 8))  # more only wait for each other on models this small
     try:
         for run in runs_of(args)[:1]:
             load_problems(run)  # an unreadable file is best found before a model is loaded

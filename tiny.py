@@ -39,7 +39,7 @@ ANNOTATED = 0.06
 MIXED = 0.05
 SKIPS = 0.3
 DRILLS = 0.15
-STEPS, BATCH, LR = 700, 64, 5e-3
+STEPS, BATCH, LR = 850, 64, 3e-3
 SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
