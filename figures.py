@@ -2,8 +2,8 @@
 
 A runs folder holds SETTING/ARM/seed-K/metrics.jsonl, with one row an update (see run_gsm8k.py). A share over several
 seeds is pooled: all evaluated solutions of all seeds, with Wilson's 95 % interval (metrics.wilson_interval). Each seed
-is evaluated on held-out problems of its own. The interval is the sampling error of the evaluation; how far training
-itself differs from seed to seed is what the thin lines show.
+draws its own held-out problems. The interval is the sampling error of the evaluation. The thin lines, one a seed, show
+how far specialist and training differ from seed to seed; the pretrained base is the same for all.
 
     skill         figure1 (one problem, three rollouts), figure2 (accuracy and jargon)
     language      figure2 and figure3 (the language of the solutions), one column a pair
@@ -69,7 +69,8 @@ def pooled(seeds: list[list[dict]], who: str, what: str) -> list[tuple[int, floa
 
 def mean_of(seeds: list[list[dict]], name: str, update: int) -> float:
     """The mean over seeds of a number in the evaluation of joint rollouts, such as "handoffs"; 0 where nobody shared in training."""
-    if all(row["senior_share"] == 1 for rows in seeds for row in rows if "senior_share" in row):
+    shares = [row["senior_share"] for rows in seeds for row in rows if "senior_share" in row]
+    if shares and min(shares) == 1:
         return 0.0
     numbers = [row["eval"]["tandem"][name] for rows in seeds for row in rows if row["update"] == update]
     return sum(numbers) / len(numbers)
@@ -129,7 +130,7 @@ def figure_1(folder: Path) -> Path | None:
     first of all.
     """
     path = next(iter(sorted(folder.glob("tandem/seed-*/samples.jsonl"))), None)
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path else []
+    samples = [json.loads(line) for line in path.open(encoding="utf-8")] if path else []
     samples = [sample for sample in samples if sample["who"] == "tandem"]
     updates = sorted({sample["update"] for sample in samples})
     if len(updates) < 3:
@@ -151,7 +152,7 @@ def figure_1(folder: Path) -> Path | None:
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, width), ylim=(rows - 0.3, -0.7))
     ax.axis("off")
-    style = dict(family="monospace", fontsize=points, va="center", ha="left")
+    style = dict(family="monospace", fontsize=points, va="center", ha="left", parse_math=False)
     for y, line in enumerate(question):
         ax.text(0, y, line, **style)
     for i, (name, update) in enumerate(stages.items()):
@@ -162,7 +163,9 @@ def figure_1(folder: Path) -> Path | None:
                 box = dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6) if author == "junior" else None
                 ax.text(left + x, len(question) + 2 + y, text, color=BLUE if author == "senior" else "#8A3D00", bbox=box, **style)
     ax.text(0, rows - 0.8, "blue: written by the senior", color=BLUE, **style)
-    ax.text(32, rows - 0.8, "on orange: by the junior", color="#8A3D00", bbox=dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6), **style)
+    ax.text(29, rows - 0.8, "on orange: by the junior", color="#8A3D00", bbox=dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6), **style)
+    why = "Chosen: the first sample that training turned from wrong to right." if told else "The first sample."
+    ax.text(56, rows - 0.8, why, color="#333333", **style)
     return save(figure, folder / "figure1.png")
 
 
@@ -313,11 +316,13 @@ def cells_of(runs: Runs, prefix: str = "") -> dict[tuple[float, float], str]:
 def best_cell(folder: Path) -> tuple[float, float] | None:
     """(c, j) with the best accuracy of joint rollouts on validation problems, at the last update; c nearest 0 if equal.
 
-    A run that was stopped is out of the question; None if no other is there.
+    A run that was stopped or is not at its end is out of the question; None if no other is there.
     """
     runs = read_runs(folder)
     cells = {cell: arm for cell, arm in cells_of(runs).items() if not list((folder / arm).glob("seed-*/stopped.txt"))}
-    return max(sorted(cells, reverse=True), key=lambda cell: pooled(runs[cells[cell]], "tandem", "accuracy")[-1][1], default=None)
+    ends = {cell: pooled(runs[arm], "tandem", "accuracy")[-1] for cell, arm in cells.items()}
+    last = max((end[0] for end in ends.values()), default=0)
+    return max((cell for cell in sorted(ends, reverse=True) if ends[cell][0] == last), key=lambda cell: ends[cell][1], default=None)
 
 
 def figure_sweep(folder: Path, runs: Runs) -> Path:
@@ -346,7 +351,7 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
             junior_line(ax, next(runs[arm] for arm in tests.values()), what)
         ax.set(ylabel=label, title="test problems")
         ax.legend()
-    note = "Red frame: chosen by joint validation accuracy, then trained anew and evaluated on test problems beside the main setting."
+    note = "Red frame: chosen by joint validation accuracy, then trained anew with other seeds beside the main setting (lower row)."
     return finish(figure, axes[1], runs, folder / "appendixE.png", note)
 
 

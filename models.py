@@ -204,6 +204,7 @@ def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_batch: i
     examples = encode_examples(tokenizer, pairs[: steps * batch])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer.zero_grad()
     batches: list[list] = []
     for step in tqdm(range(steps), desc=label, unit="step"):
         if not batches:

@@ -38,12 +38,13 @@ def test_only_evaluations_of_every_seed_are_pooled(tmp_path):
 
 
 def test_the_best_cell_of_the_sweep(tmp_path):
-    """Joint accuracy at the end decides, over both seeds; a stopped run is out; of equals, c nearest to 0; test runs do not count."""
+    """Joint accuracy at the end decides, over both seeds; a stopped or unfinished one is out; of equals, c nearest to 0."""
     for seed, (low, high) in enumerate([(0.25, 0.75), (0.5, 0.5)]):  # pooled 3 of 8 and 5 of 8
         write(tmp_path / "c0-j1" / f"seed-{seed}", (1, 1, 1), (1, 1, low))
         write(tmp_path / "c-0.5-j0.2" / f"seed-{seed}", (0, 1, 0), (0, 1, high))
         write(tmp_path / "c-0.1-j0.2" / f"seed-{seed}", (0, 1, 0), (0, 1, high))
-        write(tmp_path / "c-0.3-j0" / f"seed-{seed}", (0, 1, 1), stopped=True)
+        write(tmp_path / "c-0.3-j0" / f"seed-{seed}", (0, 1, 1), (0, 1, 1), stopped=True)
+        write(tmp_path / "c-0.3-j1" / f"seed-{seed}", (0, 1, 1))  # not at its end
         write(tmp_path / "test-c0-j0" / f"seed-{seed}", (1, 1, 1), (1, 1, 1))
     assert figures.best_cell(tmp_path) == (-0.1, 0.2)
     runs = figures.read_runs(tmp_path)
