@@ -40,7 +40,7 @@ def always_right(monkeypatch):
 def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, capsys):
     main(command)
     out = capsys.readouterr().out
-    assert "| tandem (1, 2) |" in out
+    assert "| tandem | 1 | 2 |" in out
     for arm in ("tandem", "solo"):
         folder = tmp_path / "runs" / "skill" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
