@@ -284,7 +284,7 @@ def figure_granularity(folder: Path, runs: Runs) -> Path:
         for name, colour, label in (("handoffs", SKY, "all"), ("handoffs_inside", BLUE, "inside an expression")):
             row[2].bar(range(len(arms)), [mean_of(runs[arm], name, 0) for arm in arms.values()], color=colour, label=label)
         row[2].set(ylabel="handoffs a rollout", title="together, before training", ylim=(0, 1.45 * row[2].get_ylim()[1]), xlabel=" ")
-        row[2].set_xticks(range(len(arms)), [label.replace(" = ", " =\n") for label in arms], fontsize=7)
+        row[2].set_xticks(range(len(arms)), [label if len(label) < 9 else label.replace(" = ", "\n= ") for label in arms], fontsize=6.5)
         row[2].legend(loc="upper right")
     return finish(figure, axes[:, :2].flat, runs, folder / "granularity.png")
 

@@ -108,7 +108,7 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
         listed = model.generation_config.eos_token_id
         ends.update(listed if isinstance(listed, list) else [listed])
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()  # eval: dropout would make the scored policy another than the sampled
+    model = without_dropout(get_peft_model(base, config))
     return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
 
 
@@ -132,8 +132,21 @@ def load_model(name: str, four_bit: bool, device: str):
     model = _load(AutoModelForCausalLM, name, **options)
     model = model if four_bit else model.to(device)
     model.requires_grad_(False)
-    _check_head(model, name)
-    return model.eval()
+    _check_head(without_dropout(model), name)
+    return model
+
+
+def without_dropout(model):
+    """Evaluation mode, in training too: dropout would make the scored policy another than the sampled one.
+
+    Not for 4-bit layers, which have no dropout: on some CPUs their evaluation mode packs the weights, for good, for a
+    kernel that has no gradient.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    return model
 
 
 def _load(kind, name: str, **options):

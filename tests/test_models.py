@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
-from models import AdapterOff, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
+from models import AdapterOff, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
+from reinforce import backward
 from rollout import rollout
 from tandem import build_boundaries, token_bytes
 
@@ -70,6 +73,31 @@ def test_rollouts_of_one_pass_and_of_two(base_folder):
     assert torch.equal(stacked.completion_ids, apart.completion_ids)
     assert torch.equal(stacked.senior_mask, apart.senior_mask)
     assert torch.allclose(stacked.logprobs, apart.logprobs, atol=1e-10)
+
+
+def test_gradients_in_four_bits(base_folder):
+    """Those of a float model that has the weights which the 4-bit ones stand for, also after a rollout without gradients.
+
+    A kernel without a gradient would let it pass through the residual stream only.
+    """
+    gradients = []
+    for four_bit in (True, False):
+        pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu")
+        reset_adapter(pair.senior, seed=0)
+        move_adapter(pair)
+        layers = [module.base_layer for module in pair.senior.modules() if isinstance(module, LoraLayer)]
+        if four_bit:
+            dense = [dequantize_4bit(layer.weight.data, layer.weight.quant_state).clone() for layer in layers]
+        else:
+            for layer, weight in zip(layers, dense):
+                layer.weight.data = weight
+        with torch.no_grad():
+            pair.junior.beside_senior(input_ids=IDS.repeat(2, 1))
+        few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        backward(pair.senior, few, few.completion_mask.float(), 0.7, 8)
+        gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
+    assert torch.allclose(*gradients, atol=1e-4)
+    assert gradients[0].norm() > 0.1
 
 
 def test_two_checkpoints(base_folder, tokenizer, tmp_path):
