@@ -212,10 +212,20 @@ def check_folder(run: argparse.Namespace, error) -> None:
         error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
     if (folder / "config.json").is_file():
         before = json.loads((folder / "config.json").read_text())["flags"]
-        changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(run, name, None)]
+        may_change = (*MAY_CHANGE, "base")  # the base: see check_base
+        changed = [name for name in before if name not in may_change and before[name] != getattr(run, name, None)]
         if changed:
             flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
             error(f"{folder} was begun with {flags}: resume it so, or choose another --out")
+
+
+def check_base(runs: list[argparse.Namespace]) -> None:
+    """Refuse to go on with a run on another base than it was begun with: tiny.py may have changed in between."""
+    for run in runs:
+        config = folder_of(run) / "config.json"
+        before = json.loads(config.read_text())["flags"].get("base", run.base) if config.is_file() else run.base
+        if before != run.base:
+            raise ValueError(f"{folder_of(run)} was begun with the base {before}, and this is {run.base}: choose another --out")
 
 
 def settings_of(args: argparse.Namespace) -> list[str]:
@@ -614,6 +624,8 @@ def main(argv: list[str] | None = None) -> None:
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
         writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))
+        args.base = Path(pair.senior.name_or_path).name  # for config.json: which tiny base, or which folder
+        check_base(runs_of(args))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

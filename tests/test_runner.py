@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_resume_gives_the_same_run(command, tmp_path):
     assert (broken / "metrics.jsonl").read_text() == before
     with pytest.raises(SystemExit):
         main([*other, "--resume", "--lr", "0.5"])
+
+
+@pytest.mark.usefixtures("always_right")
+def test_a_run_goes_on_with_its_own_base_only(command, base_folder, tmp_path):
+    """The same flags, but what they name has changed: as when tiny.py is edited between a run and its --resume."""
+    main([*command, "--arms", "tandem"])
+    config = tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "config.json"
+    assert json.loads(config.read_text())["flags"]["base"] == Path(base_folder).name
+    config.write_text(config.read_text().replace(f'"base": "{Path(base_folder).name}"', '"base": "tiny-0123"'))
+    with pytest.raises(SystemExit, match="was begun with the base tiny-0123, and this is .*another --out"):
+        main([*command, "--arms", "tandem", "--resume"])
 
 
 def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatch):
