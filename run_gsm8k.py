@@ -95,10 +95,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
 # Flags. A preset is a set of defaults, nothing more.
 
 MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
-UPDATES, LANGUAGE_UPDATES = (
-    28,
-    40,
-)  # without --updates: where both answer in one language, and in two: a language takes longer to go than jargon
+UPDATES = 28  # without --updates, where both answer in one language
+LANGUAGE_UPDATES = 40  # where they do not: a language takes longer to go than jargon
 SAMPLES = 4  # rollouts of an evaluation that are kept as text
 STOPPED = "stopped.txt"  # in the folder of a run that was stopped for good: why
 SPECIALIST_FLAGS = "specialist_steps specialist_batch specialist_lr four_bit rank problems".split()
