@@ -449,8 +449,10 @@ FIGURES: dict[str, tuple[Callable, ...]] = {
 def draw(folder: str | Path) -> None:
     """Draw the figures of one setting's folder and print its table."""
     folder = Path(folder)
-    runs = {arm: seeds for arm, seeds in read_runs(folder).items() if all("eval" in rows[0] for rows in seeds)}
+    everyone = {"senior", "tandem", "junior"}
+    runs = {arm: seeds for arm, seeds in read_runs(folder).items() if all(everyone <= set(rows[0].get("eval", ())) for rows in seeds)}
     if not runs:
+        print(f"{folder}: no run in which senior, junior and both together were evaluated, so there is nothing to draw")
         return
     config = json.loads(next(folder.glob("*/seed-*/config.json")).read_text())
     print(table(runs))

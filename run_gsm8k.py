@@ -97,6 +97,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
 MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
 UPDATES = 28  # without --updates, where both answer in one language
 LANGUAGE_UPDATES = 40  # where they do not: a language takes longer to go than jargon
+WHO = ("senior", "tandem", "junior")  # who is evaluated: each alone, and both together
 SAMPLES = 4  # rollouts of an evaluation that are kept as text
 STOPPED = "stopped.txt"  # in the folder of a run that was stopped for good: why
 SPECIALIST_FLAGS = "specialist_steps specialist_batch specialist_lr four_bit rank problems".split()
@@ -160,6 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--problems", default="generated", help="generated, a folder with train.jsonl and test.jsonl, or a hub id")
     group.add_argument("--eval-problems", type=int, default=200, help="held-out problems an evaluation")
     group.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
+    group.add_argument("--evaluate", nargs="+", choices=WHO, default=list(WHO), help="who is (the junior only before training)")
     group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
     group.add_argument("--senior-language", choices=tasks.LANGUAGES, default="en", help="in which the senior is asked to answer")
     group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="in which the junior is asked to answer")
@@ -405,7 +407,7 @@ def make_specialist(run: argparse.Namespace, pair: models.Pair) -> dict[str, tor
 # Evaluation
 
 
-def evaluate(writers: Writers, problems: list[tasks.Problem], who: tuple[str, ...], update: int) -> dict:
+def evaluate(writers: Writers, problems: list[tasks.Problem], who: list[str], update: int) -> dict:
     """Each of `who` on the held-out problems: {"senior": {...}, ...} as in metrics.jsonl; some texts go to samples.jsonl.
 
     # Open in paper: how solutions are decoded for evaluation. We sample as in training, with the same random numbers
@@ -483,7 +485,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
             row |= {"seconds_rollout": seconds_rollout, "seconds_update": time.time() - started - seconds_rollout}
         if update % run.eval_every == 0 or update == run.updates:
             started = time.time()
-            who = ("senior", "tandem", "junior") if update == 0 else ("senior", "tandem")
+            who = [name for name in WHO if name in run.evaluate and (name != "junior" or update == 0)]  # the junior stays as it is
             row["eval"] = evaluate(writers, held_out, who, update)
             row["seconds_eval"] = time.time() - started
         tqdm.write(log_line(row))

@@ -236,6 +236,14 @@ def test_a_question_of_its_own_ends_a_solution(command, monkeypatch):
     assert set(seen) == {"So 2 are left.\n#### 2\n"}
 
 
+def test_only_the_junior_is_evaluated(command, tmp_path, capsys):
+    """--updates 0 --evaluate junior: one row, one evaluation, no figure."""
+    main([*command, "--arms", "tandem", "--updates", "0", "--evaluate", "junior"])
+    (row,) = rows(tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "metrics.jsonl")
+    assert set(row["eval"]) == {"junior"}
+    assert "there is nothing to draw" in capsys.readouterr().out
+
+
 def test_shuffled_rewards(command, monkeypatch):
     """The same number of right rollouts, other ones: the row reports the true rewards, the weights follow the shuffled ones."""
     weighted, values = [], iter([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0] * 100)
