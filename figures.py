@@ -346,7 +346,7 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.0), layout="constrained")
     maps = [
         ("joint validation accuracy at the end (%)", "viridis", lambda arm: 100 * pooled(runs[arm], "tandem", "accuracy")[-1][1]),
-        ("updates until the senior's jargon is under 5 %", "viridis_r", lambda arm: updates_until(runs[arm], 0.05)),
+        ("updates until jargon is under 5 %", "viridis_r", lambda arm: updates_until(runs[arm], 0.05)),
     ]
     chosen = best_cell(folder)
     for ax, (title, colours, number) in zip(axes[0], maps):
@@ -363,8 +363,8 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
                 curve(ax, runs[arm], "tandem", what, (style[0], "x"), f"c = {c:g}, j = {j:g}, together")
         if tests:
             junior_line(ax, next(runs[arm] for arm in tests.values()), what)
+            ax.legend()
         ax.set(ylabel=label, title="test problems")
-        ax.legend()
     note = "Red frame: chosen by joint validation accuracy, then trained anew with other seeds beside the main setting (lower row)."
     return finish(figure, axes[1], runs, folder / "appendixE.png", note)
 
