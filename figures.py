@@ -111,8 +111,8 @@ def finish(figure, axes, runs: Runs, path: Path, note: str = "") -> Path:
 
 
 def save(figure, path: Path) -> Path:
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=200)
+    figure.savefig(path, dpi=200)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same file from the same rows
     plt.close(figure)
     return path
 
@@ -236,7 +236,7 @@ def figure_2_languages(folder: Path, runs: Runs) -> Path:
             ax.set(ylabel=label if pair == pairs[0] else "", xlabel="updates" if what == "jargon" else " ")
         column[0].set_title(title_of(pair))
     axes[1, 0].legend()
-    return finish(figure, axes.flat, runs, folder / "figure2.png", "Senior → junior; solutions of the senior alone.")
+    return finish(figure, axes.flat, runs, folder / "figure2.png", "Senior → junior, solutions of the senior.")
 
 
 def figure_3(folder: Path, runs: Runs) -> Path:
@@ -248,12 +248,10 @@ def figure_3(folder: Path, runs: Runs) -> Path:
             for language, (label, style) in LANGUAGES.items():
                 if f"{pair}-{arm}" in runs:
                     curve(ax, runs[f"{pair}-{arm}"], "senior", language, style, label)
-            ax.set(
-                ylabel=f"{name}:\nsolutions in each language (%)" if pair == pairs[0] else "", xlabel="updates" if arm == "solo" else " "
-            )
+            ax.set(ylabel=f"{name}:\nsolutions (%)" if pair == pairs[0] else "", xlabel="updates" if arm == "solo" else " ")
         column[0].set_title(title_of(pair))
     axes[0, -1].legend(loc="center right")
-    return finish(figure, axes.flat, runs, folder / "figure3.png", "Senior → junior; solutions of the senior alone.")
+    return finish(figure, axes.flat, runs, folder / "figure3.png", "Senior → junior, solutions of the senior.")
 
 
 def merge_equal(runs: Runs, arms: dict[str, str]) -> dict[str, str]:
