@@ -9,8 +9,8 @@ annotated form each step carries a calculator annotation, as in GSM8K (Cobbe et 
 `<<12-5=7>>` is the jargon of the skill setting: a specialist is taught to write it, its junior is not.
 
 Generated problems have two to four steps and the same format, in three languages, so that a model of half a million
-parameters can learn them on a laptop. A checksum of the question decides its split, so that training, validation and
-test problems cannot meet, whatever the seeds.
+parameters can learn them on a laptop. A checksum of the question decides its split, so that no question is in two of
+training, validation and test, whatever the seeds (but one that differs only in a name may be).
 
 Not here: pretraining (tiny.py), the checkpoints (models.py), the verifier (reward.py).
 """
@@ -213,7 +213,7 @@ EXAMPLES = [
         {
             "en": "Each morning the bakery bakes 24*5=<<24*5=120>>120 rolls.\nBy noon 87 are sold, so 120-87=<<120-87=33>>33 rolls are left.\n#### 33",
             "de": "Jeden Morgen backt die Bäckerei 24*5=<<24*5=120>>120 Brötchen.\nBis zum Mittag sind 87 verkauft, also bleiben 120-87=<<120-87=33>>33 Brötchen übrig.\n#### 33",
-            "fr": "Chaque matin, la boulangerie cuit 24*5=<<24*5=120>>120 petits pains.\nÀ midi, 87 sont vendus : il en reste donc 120-87=<<120-87=33>>33.\n#### 33",
+            "fr": "Chaque matin, la boulangerie cuit 24*5=<<24*5=120>>120 petits pains.\nÀ midi, 87 ont déjà été vendus : il en reste donc 120-87=<<120-87=33>>33.\n#### 33",
         },
         "33",
     ),

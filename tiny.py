@@ -2,7 +2,8 @@
 
 So that everything runs on a laptop with no account and no download, the tiny preset makes its own base: a Llama of half
 a million parameters with a byte-level BPE tokenizer, pretrained for two minutes on generated problems. It answers an
-English question in English, German or French, as the cue of the prompt asks, and solves some 40 % of them.
+English question in English, German or French, as the cue of the prompt asks, and solved 48, 47 and
+36 % of our test problems in them.
 
 What the pretraining text contains decides what a junior can follow, so it stands here as numbers to play with:
 
