@@ -1,11 +1,11 @@
 """Tandem training on GSM8K, from the first line to every figure of the paper (West, Anderson, Kamar, Horvitz, 2025).
 
-    python run_gsm8k.py --setting skill                    # Figures 1 and 2. No GPU: the tiny preset, MINUTES
-    python run_gsm8k.py --setting language                 # Figures 2 and 3: senior and junior speak different languages
-    python run_gsm8k.py --setting granularity              # when the coin is tossed, and with which probability
-    python run_gsm8k.py --setting control                  # reward or imitation?
-    python run_gsm8k.py --setting sweep                    # Appendix E: the weights c and j
-    python run_gsm8k.py --setting all --seeds 3            # everything, as in results/; --resume goes on run by run
+    python run_gsm8k.py --setting skill                    # Figures 1 and 2. No GPU: the tiny preset, 4 minutes on two cores, then 2
+    python run_gsm8k.py --setting language                 # Figures 2 and 3: two languages; a quarter of an hour
+    python run_gsm8k.py --setting granularity              # when the coin is tossed, and with which probability; 10 minutes
+    python run_gsm8k.py --setting control                  # reward or imitation? 10 minutes
+    python run_gsm8k.py --setting sweep                    # Appendix E: the weights c and j; 35 minutes
+    python run_gsm8k.py --setting all --seeds 3            # everything, as in results/: about an hour a seed; --resume goes on
     python run_gsm8k.py --setting skill --preset paper     # the default on a GPU: two Llama-2-7B in 4 bits, real GSM8K
     python run_gsm8k.py --setting skill --preset smol --senior PATH --junior PATH --problems FOLDER  # your own
 
