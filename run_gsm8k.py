@@ -1,6 +1,6 @@
 """Tandem training on GSM8K, from the first line to every figure of the paper (West, Anderson, Kamar, Horvitz, 2025).
 
-    python run_gsm8k.py --setting skill                    # Figures 1 and 2. No GPU: the tiny preset, 4 minutes on two cores, then 2
+    python run_gsm8k.py --setting skill                    # Figures 1 and 2. No GPU: the tiny preset, 5 minutes on two cores, then 3
     python run_gsm8k.py --setting language                 # Figures 2 and 3: two languages; a quarter of an hour
     python run_gsm8k.py --setting granularity              # when the coin is tossed, and with which probability; 10 minutes
     python run_gsm8k.py --setting control                  # reward or imitation? 10 minutes
