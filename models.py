@@ -30,7 +30,7 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-class AdapterOff:
+class SharedJunior:
     """The junior of a shared checkpoint: the senior's weights without its adapter, alone or beside the senior."""
 
     def __init__(self, senior: PeftModel):
@@ -43,6 +43,8 @@ class AdapterOff:
         """A linear layer: W x on all rows, and on those of the senior + scaling B A x."""
         if self.share == 1:
             return peft_forward(x, *args, **kwargs)
+        if x.dim() != 3:
+            raise ValueError(f"a layer got an input of shape {tuple(x.shape)}: models that route tokens to experts are not supported")
         out = layer.base_layer(x, *args, **kwargs)
         mine = x[: int(self.share * len(x))]
         if len(mine):
@@ -69,7 +71,7 @@ class AdapterOff:
 @dataclass
 class Pair:
     senior: PeftModel  # trained: its adapter only
-    junior: torch.nn.Module | AdapterOff  # frozen
+    junior: torch.nn.Module | SharedJunior  # frozen
     senior_tokenizer: object  # one vocabulary, but perhaps two chat templates
     junior_tokenizer: object
     vocab_size: int  # logit width of both
@@ -109,7 +111,7 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
         ends.update(listed if isinstance(listed, list) else [listed])
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     model = without_dropout(get_peft_model(base, config))
-    return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
+    return Pair(model, SharedJunior(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
 
 
 def reset_adapter(senior: PeftModel, seed: int) -> None:

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
-from models import AdapterOff, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
+from models import SharedJunior, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
 from reinforce import backward
 from rollout import rollout
 from tandem import build_boundaries, token_bytes
@@ -26,7 +26,7 @@ def move_adapter(pair):
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_one_checkpoint_one_base(base_folder, four_bit):
     pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu")
-    assert isinstance(pair.junior, AdapterOff)
+    assert isinstance(pair.junior, SharedJunior)
     base = pair.senior(input_ids=IDS).logits
     assert torch.equal(pair.junior(input_ids=IDS).logits, base)  # a fresh adapter changes nothing
     move_adapter(pair)
@@ -53,6 +53,15 @@ def test_one_forward_pass_for_both(base_folder, four_bit):
         assert torch.allclose(both[:2], senior, atol=1e-4)
         assert torch.allclose(both[2:], junior, atol=1e-4)
         assert not torch.allclose(pair.senior(input_ids=rows[2:]).logits, junior, atol=1e-2)  # the adapter matters
+
+
+def test_experts_are_refused(base_folder):
+    """A mixture of experts gives its layers a flat list of tokens, in which a half is not the senior's rows."""
+    pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
+    layer = next(module for module in pair.senior.modules() if isinstance(module, LoraLayer))
+    pair.junior.share = 0.5
+    with pytest.raises(ValueError, match=r"shape \(6, 64\).*experts are not supported"):
+        layer(torch.zeros(6, 64))
 
 
 def test_rollouts_of_one_pass_and_of_two(base_folder):
