@@ -19,6 +19,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from itertools import groupby
+from math import isnan
 from pathlib import Path
 
 import matplotlib
@@ -91,6 +93,13 @@ def curve(ax, seeds: list[list[dict]], who: str, what: str, style: tuple[str, st
     ax.fill_between(updates, [100 * s for s in low], [100 * s for s in high], color=colour, alpha=0.2, linewidth=0)
 
 
+def compare(ax, runs: Runs, arms: dict[str, tuple], who: str, what: str, prefix: str = "") -> None:
+    """A curve for each of `arms` {name: (label, style)} that has been run, under the name prefix + name."""
+    for arm, (label, style) in arms.items():
+        if prefix + arm in runs:
+            curve(ax, runs[prefix + arm], who, what, style, label)
+
+
 def junior_line(ax, seeds: list[list[dict]], what: str) -> None:
     """The junior alone, which does not change."""
     _, share, low, high = pooled(seeds, "junior", what)[0]
@@ -157,6 +166,8 @@ def figure_1(folder: Path) -> Path | None:
     ax.set(xlim=(0, width), ylim=(rows - 0.3, -0.7))
     ax.axis("off")
     style = dict(family="monospace", fontsize=points, va="center", ha="left", parse_math=False)
+    box = dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6)
+    look = {"senior": dict(color=BLUE), "junior": dict(color="#8A3D00", bbox=box)}
     for y, line in enumerate(question):
         ax.text(0, y, line, **style)
     for i, (name, update) in enumerate(stages.items()):
@@ -164,10 +175,9 @@ def figure_1(folder: Path) -> Path | None:
         ax.text(left, len(question) + 0.5, f"{name}: update {update}, {verdict}", weight="bold", **style)
         for y, line in enumerate(pages[i]):
             for x, author, text in line:
-                box = dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6) if author == "junior" else None
-                ax.text(left + x, len(question) + 2 + y, text, color=BLUE if author == "senior" else "#8A3D00", bbox=box, **style)
-    ax.text(0, rows - 0.8, "blue: written by the senior", color=BLUE, **style)
-    ax.text(29, rows - 0.8, "on orange: by the junior", color="#8A3D00", bbox=dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6), **style)
+                ax.text(left + x, len(question) + 2 + y, text, **look[author], **style)
+    ax.text(0, rows - 0.8, "blue: written by the senior", **look["senior"], **style)
+    ax.text(29, rows - 0.8, "on orange: by the junior", **look["junior"], **style)
     why = ("The first sample", "Chosen: the first that went from wrong to right", "Chosen: the first with <<...>> that was mended")[telling]
     ax.text(56, rows - 0.8, why, color="#333333", **style)
     return save(figure, folder / "figure1.png")
@@ -182,15 +192,14 @@ def lines_of(stretches: list[tuple[str, str]], columns: int) -> list[list[tuple[
         if word == "\n" or len(lines[-1]) + len(word) > columns:
             lines.append([])
         lines[-1] += [pair for pair in part if pair[0] != "\n" and (lines[-1] or not pair[0].isspace())]
-    wrapped = []
+    wrapped: list[list[tuple[int, str, str]]] = []
     for line in lines:
-        runs: list[tuple[int, str, str]] = []
-        for x, (letter, author) in enumerate(line):
-            if runs and runs[-1][1] == author:
-                runs[-1] = (runs[-1][0], author, runs[-1][2] + letter)
-            else:
-                runs.append((x, author, letter))
-        wrapped.append(runs)
+        wrapped.append([])
+        x = 0
+        for author, run in groupby(line, key=lambda pair: pair[1]):
+            text = "".join(letter for letter, _ in run)
+            wrapped[-1].append((x, author, text))
+            x += len(text)
     return wrapped
 
 
@@ -203,9 +212,7 @@ def figure_2(folder: Path, runs: Runs) -> Path:
     ]
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.5), layout="constrained")
     for ax, (who, what, label, title) in zip(axes, panels):
-        for arm, (name, style) in SKILL_ARMS.items():
-            if arm in runs:
-                curve(ax, runs[arm], who, what, style, name)
+        compare(ax, runs, SKILL_ARMS, who, what)
         junior_line(ax, next(iter(runs.values())), what)
         ax.set(ylabel=label, title=title)
     axes[1].legend()
@@ -229,9 +236,7 @@ def figure_2_languages(folder: Path, runs: Runs) -> Path:
     figure, axes = plt.subplots(2, len(pairs), figsize=(WIDTH, 3.8), layout="constrained", sharey=True, sharex=True, squeeze=False)
     for column, pair in zip(axes.T, pairs):
         for ax, what, label in zip(column, ("accuracy", "jargon"), ("accuracy (%)", "solutions with jargon (%)")):
-            for arm, (name, style) in SKILL_ARMS.items():
-                if f"{pair}-{arm}" in runs:
-                    curve(ax, runs[f"{pair}-{arm}"], "senior", what, style, name)
+            compare(ax, runs, SKILL_ARMS, "senior", what, f"{pair}-")
             junior_line(ax, next(seeds for arm, seeds in runs.items() if arm.startswith(pair)), what)
             ax.set(ylabel=label if pair == pairs[0] else "", xlabel="updates" if what == "jargon" else " ")
         column[0].set_title(title_of(pair))
@@ -296,16 +301,14 @@ CONTROL_ARMS = {
 
 def figure_control(folder: Path, runs: Runs) -> Path:
     """Is it the reward, or would the senior imitate its junior anyway? One row a pair."""
-    groups = sorted({arm.rsplit("-", 2)[0] if arm.endswith("senior-only") else arm.rsplit("-", 1)[0] for arm in runs}, reverse=True)
+    groups = sorted({arm.removesuffix(f"-{name}") for arm in runs for name in CONTROL_ARMS if arm.endswith(f"-{name}")}, reverse=True)
     figure, axes = plt.subplots(len(groups), 3, figsize=(WIDTH, 2.2 * len(groups)), layout="constrained", squeeze=False)
     for row, group in zip(axes, groups):
         junior = group.split("-")[1] if "-" in group else None
         panels = [("jargon", "solutions with jargon (%)"), ("accuracy", "accuracy (%)")]
         panels += [(junior, f"solutions in {LANGUAGES[junior][0]} (%)")] if junior else []
         for ax, (what, label) in zip(row, panels):
-            for arm, (name, style) in CONTROL_ARMS.items():
-                if f"{group}-{arm}" in runs:
-                    curve(ax, runs[f"{group}-{arm}"], "senior", what, style, name)
+            compare(ax, runs, CONTROL_ARMS, "senior", what, f"{group}-")
             if what == "accuracy":
                 junior_line(ax, next(seeds for arm, seeds in runs.items() if arm.startswith(group)), what)
             ax.set(ylabel=label, title=title_of(group) if junior else group)
@@ -325,13 +328,18 @@ def cells_of(runs: Runs, prefix: str = "") -> dict[tuple[float, float], str]:
     return {(float(match[1]), float(match[2])): arm for arm, match in found.items() if match}
 
 
+def was_stopped(folder: Path, arm: str) -> bool:
+    """Whether a run of any seed was stopped for good (see run_gsm8k.py)."""
+    return any((folder / arm).glob("seed-*/stopped.txt"))
+
+
 def best_cell(folder: Path) -> tuple[float, float] | None:
     """(c, j) with the best accuracy of joint rollouts on validation problems, at the last update; c nearest 0 if equal.
 
     A run that was stopped or is not at its end is out of the question; None if no other is there.
     """
     runs = read_runs(folder)
-    cells = {cell: arm for cell, arm in cells_of(runs).items() if not list((folder / arm).glob("seed-*/stopped.txt"))}
+    cells = {cell: arm for cell, arm in cells_of(runs).items() if not was_stopped(folder, arm)}
     ends = {cell: pooled(runs[arm], "tandem", "accuracy")[-1] for cell, arm in cells.items()}
     last = max((end[0] for end in ends.values()), default=0)
     return max((cell for cell in sorted(ends, reverse=True) if ends[cell][0] == last), key=lambda cell: ends[cell][1], default=None)
@@ -346,14 +354,13 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
         ("joint validation accuracy at the end (%)", "viridis", lambda arm: 100 * pooled(runs[arm], "tandem", "accuracy")[-1][1]),
         ("updates until jargon is under 5 %", "viridis_r", lambda arm: updates_until(runs[arm], 0.05)),
     ]
-    chosen = best_cell(folder)
+    chosen, stopped = best_cell(folder), {arm for arm in cells.values() if was_stopped(folder, arm)}
     for ax, (title, colours, number) in zip(axes[0], maps):
-        heat_map(ax, cs, js, cells, number, colours, {arm for arm in cells.values() if list((folder / arm).glob("*/stopped.txt"))})
+        heat_map(ax, cs, js, cells, number, colours, stopped)
         ax.set(title=title, xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
         if chosen:
-            ax.add_patch(
-                plt.Rectangle((js.index(chosen[1]) - 0.5, cs.index(chosen[0]) - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2)
-            )
+            corner = js.index(chosen[1]) - 0.5, cs.index(chosen[0]) - 0.5
+            ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=2))
     for ax, what, label in zip(axes[1], ("accuracy", "jargon"), ("accuracy (%)", "solutions with jargon (%)")):
         for ((c, j), arm), style in zip(sorted(tests.items(), reverse=True), STYLES):
             curve(ax, runs[arm], "senior", what, style, f"c = {c:g}, j = {j:g}{' (main)' * ((c, j) == (0, 1))}, senior alone")
@@ -376,13 +383,12 @@ def heat_map(ax, cs: list, js: list, cells: dict, number: Callable[[str], float]
     """One number a cell, written into it; "stopped" where a run was, "never" where there is no number."""
     grid = [[number(cells[c, j]) if (c, j) in cells and cells[c, j] not in stopped else float("nan") for j in js] for c in cs]
     image = ax.imshow(grid, cmap=colours, aspect="auto")
-    low, high = image.get_clim()
     for y, c in enumerate(cs):
         for x, j in enumerate(js):
             value, arm = grid[y][x], cells.get((c, j))
-            text = "stopped" if arm in stopped else "–" if arm is None else "never" if value != value else f"{value:.1f}".removesuffix(".0")
-            dark = value == value and (value - low) / max(high - low, 1e-9) < 0.5
-            ax.text(x, y, text, ha="center", va="center", color="white" if dark != colours.endswith("_r") and value == value else "black")
+            text = "stopped" if arm in stopped else "–" if arm is None else "never" if isnan(value) else f"{value:.1f}".removesuffix(".0")
+            red, green, blue, _ = image.to_rgba(value)  # white where there is no number
+            ax.text(x, y, text, ha="center", va="center", color="black" if isnan(value) or red + green + blue > 1.5 else "white")
     ax.set_xticks(range(len(js)), [f"{j:g}" for j in js])
     ax.set_yticks(range(len(cs)), [f"{c:g}" for c in cs])
     ax.grid(False)
@@ -405,17 +411,7 @@ def table(runs: Runs) -> str:
     def total(rows: list, name: str) -> float:
         return sum(share_of(row["eval"]["senior"], name) for row in rows)
 
-    head = [
-        "arm",
-        "seeds",
-        "updates",
-        "accuracy alone",
-        "jargon alone",
-        "accuracy together",
-        "junior's accuracy",
-        "language",
-        "minutes a seed",
-    ]
+    head = "arm|seeds|updates|accuracy alone|jargon alone|accuracy together|junior's accuracy|language|minutes a seed".split("|")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, seeds in runs.items():
         measures = [pooled(seeds, who, what) for who, what in (("senior", "accuracy"), ("senior", "jargon"), ("tandem", "accuracy"))]

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from reward import reward
 
 NOT_WORDS = re.compile(r"<<[^\n]*?>>|[^\w\s']|[\d_]")  # annotations, then punctuation and digits
-
-
-NUMBER = r"[($]*[0-9]+(?:[.,][0-9]+)*[)%]*"
+NUMBER = r"[($]*[0-9]+(?:[.,][0-9]+)*[)%]*"  # 48, (1,000, $5.50, 20%
+# Numbers joined by operators and annotation marks, perhaps broken off after one: 12-5=<<12-5=7>>7, 48 / 2 =
 EXPRESSION = re.compile(rf"(?:<<)?{NUMBER}(?:\s?[-+*/×÷=<>]+\s?{NUMBER})+(?:\s?[=<>]+)?")
 
 

@@ -193,14 +193,17 @@ def rollout(
     noise = torch.rand(2, max_new_tokens, batch, generator=generator, device=generator.device).to(device)
     coins = torch.rand(max_new_tokens, batch, generator=coin_generator, device=coin_generator.device).to(device)
     handoff = Handoff(boundaries, schedule, p, coins)
-    if p == 1 or p == 0:
-        readers = [Reader(senior, *senior_prompts, max_new_tokens) if p else Reader(junior, *junior_prompts, max_new_tokens)]
+    writers = [0, 1] if 0 < p < 1 else [0] if p == 1 else [1]  # senior, junior
+    if p == 1:
+        readers = [Reader(senior, *senior_prompts, max_new_tokens)]
+    elif p == 0:
+        readers = [Reader(junior, *junior_prompts, max_new_tokens)]
     elif getattr(junior, "senior", None) is senior:  # one copy of the weights: one forward pass for both
         readers = [Reader(junior.beside_senior, *_stack(senior_prompts, junior_prompts), max_new_tokens, voices=2)]
     else:
         readers = [Reader(senior, *senior_prompts, max_new_tokens), Reader(junior, *junior_prompts, max_new_tokens)]
     page = Page(batch, max_new_tokens, end_ids, device)
-    _write_together(readers, handoff, page, noise if 0 < p < 1 else noise[int(p == 0)][None], temperature, p)
+    _write_together(readers, writers, handoff, page, noise, temperature)
     return page.rollouts(senior_prompts, tokenizer)
 
 
@@ -210,15 +213,17 @@ def _stack(*prompts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, t
     return tuple(torch.cat([functional.pad(x, (width - x.shape[1], 0)) for x in kind]) for kind in zip(*prompts))
 
 
-def _write_together(readers: list[Reader], handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float, p) -> None:
-    """The loop: both sample, the handoff chooses, both read what was chosen. noise: (writers, C, B)."""
+def _write_together(
+    readers: list[Reader], writers: list[int], handoff: Handoff, page: Page, noise: torch.Tensor, temperature: float
+) -> None:
+    """The loop: both sample, the handoff chooses, both read what was chosen. One who writes alone stands in for the other."""
     steps = noise.shape[1]
     for t in range(steps):
-        logits = [part for reader in readers for part in reader.logits]  # the senior's, the junior's; one if one writes alone
-        drawn = [sample(part, noise[m, t, page.rows], temperature) for m, part in enumerate(logits)]
+        logits = [part for reader in readers for part in reader.logits]  # (B, V) of each writer
+        drawn = [sample(part, noise[m, t, page.rows], temperature) for m, part in zip(writers, logits)]
         (senior_ids, logprobs), (junior_ids, _) = drawn[0], drawn[-1]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
-        page.write(t, ids, by_senior, logprobs if p else None)
+        page.write(t, ids, by_senior, logprobs if 0 in writers else None)
 
         if t % CHECK_EVERY == CHECK_EVERY - 1:
             index = page.alive.nonzero()[:, 0]

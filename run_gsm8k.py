@@ -113,20 +113,6 @@ PRESETS = {
 }
 
 
-def commit() -> str | None:
-    """Which code this is, with a "+" where files differ from it; None where git is not there."""
-    try:
-        run = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
-    except OSError:
-        return None
-    return head + "+" * bool(changed) or None
-
-
-COMMIT = commit()  # when the code is loaded: files may change while a run goes on
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults of the preset. Exits with a message where a value is out of range."""
     parser, first = make_parser(), argparse.ArgumentParser(add_help=False)
@@ -419,11 +405,12 @@ def evaluate(writers: Writers, problems: list[tasks.Problem], who: list[str], up
         rollouts = writers.write(problems, p, seed=10**9 + writers.args.seed)
         golds, lengths = [problem.gold for problem in problems], rollouts.completion_mask.sum(1).tolist()
         results[name] = summarise(rollouts.texts, golds, lengths, tasks.LANGUAGES)
+        written = [authors(writers, rollouts, i) for i in range(len(problems) if name == "tandem" else min(SAMPLES, len(problems)))]
         if name == "tandem":
-            results[name] |= count_handoffs([authors(writers, rollouts, i) for i in range(len(problems))])
+            results[name] |= count_handoffs(written)
         samples = [
             {"update": update, "who": name, "question": problem.question, "gold": problem.gold}
-            | {"reward": reward(rollouts.texts[i], problem.gold), "stretches": authors(writers, rollouts, i)}
+            | {"reward": reward(rollouts.texts[i], problem.gold), "stretches": written[i]}
             for i, problem in enumerate(problems[:SAMPLES])
         ]
         with open(folder_of(writers.args) / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -613,6 +600,20 @@ def copy_run(twin: Path, run: argparse.Namespace) -> None:
     (draft / "config.json").write_text(json.dumps(config | {"copied_from": f"{twin.parts[-3]}/{twin.parts[-2]}"}, indent=2) + "\n")
     shutil.rmtree(folder_of(run), ignore_errors=True)
     draft.rename(folder_of(run))
+
+
+def commit() -> str | None:
+    """Which code this is, with a "+" where files differ from it; None where git is not there."""
+    try:
+        run = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except OSError:
+        return None
+    return head + "+" * bool(changed) or None
+
+
+COMMIT = commit()  # when the code is loaded: files may change while a run goes on
 
 
 def write_config(folder: Path, run: argparse.Namespace) -> None:

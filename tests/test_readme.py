@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+import figures
+
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"\[([a-z_0-9]+\.py):(\d+)\]\(\1#L\2\) `([^`]+)`", README)
@@ -12,6 +16,15 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(links) > 20
     assert [link for link in links if not link.startswith("http") and not (HERE / link).exists()] == []
+
+
+@pytest.mark.parametrize("setting", ["skill", "language", "granularity", "control", "sweep"])
+def test_tables_are_those_of_the_results(setting):
+    """Each row is what figures.py makes of the committed files. Of the sweep, only its runs on test problems have rows."""
+    runs = figures.read_runs(HERE / "results" / setting)
+    rows = figures.table({arm: seeds for arm, seeds in runs.items() if setting != "sweep" or arm.startswith("test-")}).splitlines()
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in README] == []
 
 
 def test_lines_hold_what_is_said():
