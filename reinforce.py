@@ -70,26 +70,43 @@ def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float
     return w * m * rollouts.completion_mask
 
 
-def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_batch: int) -> float | None:
+def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_tokens: int) -> float | None:
     """Add the gradient of -J to the model's and return the loss, or None if no token has a weight.
 
-    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches, so that their
-    size changes nothing. Rollouts whose weights are all zero (the wrong ones when c = 0) are counted, but not run.
+    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches of at most
+    micro_tokens tokens, so that their size changes nothing. Rollouts whose weights are all zero (the wrong ones when
+    c = 0) are counted, but not run.
     # Open in paper: how the sum over tokens is normalised.
     """
     denominator = rollouts.completion_mask.sum()
     rows = (weights != 0).any(1).nonzero()[:, 0]
     if len(rows) == 0:
         return None
-    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
     total = 0.0
-    for part in rows.split(micro_batch):
+    for part in micro_batches(rollouts, rows, micro_tokens):
         few = select(rollouts, part)
         logprobs = completion_logprobs(model, few, temperature)
         loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
         loss.backward()
         total += loss.item()
     return total
+
+
+def micro_batches(rollouts: Rollouts, rows: torch.Tensor, micro_tokens: int) -> list[torch.Tensor]:
+    """Cut `rows` (n,) into parts that hold at most micro_tokens tokens each, padding included, or a single rollout."""
+    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
+    lengths = zip(rows.tolist(), rollouts.prompt_mask[rows].sum(1).tolist(), rollouts.completion_mask[rows].sum(1).tolist())
+    parts: list[list[int]] = []
+    longest = (0, 0)  # prompt and completion of the last part
+    for row, prompt, completion in lengths:
+        widened = max(longest[0], prompt), max(longest[1], completion)
+        if parts and (len(parts[-1]) + 1) * sum(widened) <= micro_tokens:
+            parts[-1].append(row)
+            longest = widened
+        else:
+            parts.append([row])
+            longest = prompt, completion
+    return [torch.tensor(part, device=rows.device) for part in parts]
 
 
 def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:

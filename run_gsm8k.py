@@ -100,10 +100,10 @@ LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = {
     "tiny": {},
-    "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_batch=16, lr=1e-4)
+    "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_tokens=4096, lr=1e-4)
     | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100, shots=3),
     "paper": dict(senior=LLAMA_SENIOR, junior=LLAMA_JUNIOR, problems="openai/gsm8k", four_bit=True, max_new_tokens=256)
-    | dict(rollout_batch=24, micro_batch=1, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
+    | dict(rollout_batch=24, micro_tokens=2048, checkpointing=True, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
 }
 
 
@@ -162,14 +162,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
     group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: among the rollouts of a batch")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--micro-batch", type=int, default=76, help="rollouts a forward pass of the update")
+    group.add_argument("--micro-tokens", type=int, default=8192, help="tokens a forward pass of the update, prompts included")
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute layers: less memory")
     return parser
 
 
 def check(args: argparse.Namespace, error) -> None:
     """Refuse impossible values, naming the value and the remedy, before anything long begins."""
     at_least_1 = "seeds rank specialist_batch eval_problems eval_every max_new_tokens batch rollouts_per_prompt"
-    for name in f"{at_least_1} rollout_batch micro_batch".split():
+    for name in f"{at_least_1} rollout_batch micro_tokens".split():
         if getattr(args, name) < 1:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name in ("lr", "specialist_lr", "clip"):
@@ -350,7 +351,7 @@ def make_specialist(run: argparse.Namespace, pair: models.Pair, train: list[task
     language = run.senior_language if generated else "en"
     texts = [(tasks.prompt(problem.question, language), solution) for problem, solution in zip(train, solutions)]
     settings = dict(steps=run.specialist_steps, batch=run.specialist_batch, lr=run.specialist_lr, seed=run.seed)
-    settings |= dict(micro_batch=run.micro_batch, label=f"specialist {kind} seed {run.seed}")
+    settings |= dict(micro_tokens=run.micro_tokens, label=f"specialist {kind} seed {run.seed}")
     models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole({"flags": flags, "adapter": copy_of_adapter(pair.senior)}, path)
@@ -426,7 +427,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
             if run.rewards == "shuffled":  # the control in which a reward says nothing of its rollout
                 rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(update)).to(run.device)]
             weights = token_weights(rollouts, rewards, run.wrong_weight, run.junior_weight)
-            loss = backward(senior, rollouts, weights, run.temperature, run.micro_batch)
+            loss = backward(senior, rollouts, weights, run.temperature, run.micro_tokens)
             grad_norm = None
             if loss is not None:  # else there is nothing to learn from, and the senior stays as it is
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.clip).item()
@@ -582,7 +583,7 @@ def main(argv: list[str] | None = None) -> None:
         for run in runs_of(args)[:1]:
             load_problems(run)  # an unreadable file is best found before a model is loaded
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
-        pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device)
+        pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
         writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))
     except (ValueError, FileNotFoundError) as error:

@@ -83,7 +83,7 @@ def pretrain(folder: str) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_batch=BATCH, lr=LR, seed=0, label="pretraining")
+    fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_tokens=2**20, lr=LR, seed=0, label="pretraining")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
