@@ -2,8 +2,8 @@
 
 A runs folder holds SETTING/ARM/seed-K/metrics.jsonl, with one row an update (see run_gsm8k.py). A share over several
 seeds is pooled: all evaluated solutions of all seeds, with Wilson's 95 % interval (metrics.wilson_interval). Each seed
-is evaluated on held-out problems of its own. The interval is the sampling error of the evaluation; how far training
-itself differs from seed to seed is what the thin lines show.
+draws its own held-out problems. The interval is the sampling error of the evaluation. The thin lines, one a seed, show
+how far specialist and training differ from seed to seed; the pretrained base is the same for all.
 
     skill         figure1 (one problem, three rollouts), figure2 (accuracy and jargon)
     language      figure2 and figure3 (the language of the solutions), one column a pair
@@ -26,7 +26,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files: there need be no screen
 import matplotlib.pyplot as plt
 
-from metrics import wilson_interval
+from metrics import has_jargon, wilson_interval
 
 plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 7})
 WIDTH = 7.0  # inches: the text width of a paper with two columns
@@ -69,7 +69,8 @@ def pooled(seeds: list[list[dict]], who: str, what: str) -> list[tuple[int, floa
 
 def mean_of(seeds: list[list[dict]], name: str, update: int) -> float:
     """The mean over seeds of a number in the evaluation of joint rollouts, such as "handoffs"; 0 where nobody shared in training."""
-    if all(row["senior_share"] == 1 for rows in seeds for row in rows if "senior_share" in row):
+    shares = [row["senior_share"] for rows in seeds for row in rows if "senior_share" in row]
+    if shares and min(shares) == 1:
         return 0.0
     numbers = [row["eval"]["tandem"][name] for rows in seeds for row in rows if row["update"] == update]
     return sum(numbers) / len(numbers)
@@ -125,21 +126,25 @@ SKILL_ARMS = {"tandem": ("tandem training", STYLES[0]), "solo": ("standard RL", 
 def figure_1(folder: Path) -> Path | None:
     """One problem, three joint rollouts (before, during, after training), each word coloured by its author.
 
-    The problem is the first of those in samples.jsonl that came out wrong before training and right after it, or the
-    first of all.
+    The problem is the first one in samples.jsonl, seed after seed, that had jargon and came out wrong before training and
+    came out right after it; else the first that went from wrong to right; else the first of all.
     """
-    path = next(iter(sorted(folder.glob("tandem/seed-*/samples.jsonl"))), None)
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path else []
-    samples = [sample for sample in samples if sample["who"] == "tandem"]
-    updates = sorted({sample["update"] for sample in samples})
-    if len(updates) < 3:
+    candidates: list[tuple[int, dict[int, dict]]] = []  # (how telling, {update: sample})
+    for path in sorted(folder.glob("tandem/seed-*/samples.jsonl")):
+        by_question: dict[str, dict[int, dict]] = {}
+        for sample in map(json.loads, path.open(encoding="utf-8")):
+            if sample["who"] == "tandem":
+                by_question.setdefault(sample["question"], {})[sample["update"]] = sample
+        for samples in by_question.values():
+            first, last = samples[min(samples)], samples[max(samples)]
+            mended = first["reward"] < last["reward"]
+            candidates.append((mended + (mended and has_jargon("".join(text for _, text in first["stretches"]))), samples))
+    candidates = [(telling, samples) for telling, samples in candidates if len(samples) >= 3]
+    if not candidates:
         return None
+    telling, rollouts = max(candidates, key=lambda candidate: candidate[0])  # the first of the most telling
+    updates = sorted(rollouts)
     stages = {"before": updates[0], "during": updates[len(updates) // 2], "after": updates[-1]}
-    by_question: dict[str, dict[int, dict]] = {}
-    for sample in samples:
-        by_question.setdefault(sample["question"], {})[sample["update"]] = sample
-    told = [rollouts for rollouts in by_question.values() if rollouts[updates[0]]["reward"] < rollouts[updates[-1]]["reward"]]
-    rollouts = (told or list(by_question.values()))[0]
 
     columns, gap = 40, 2  # characters
     pages = [lines_of(rollouts[update]["stretches"], columns) for update in stages.values()]
@@ -151,7 +156,7 @@ def figure_1(folder: Path) -> Path | None:
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, width), ylim=(rows - 0.3, -0.7))
     ax.axis("off")
-    style = dict(family="monospace", fontsize=points, va="center", ha="left")
+    style = dict(family="monospace", fontsize=points, va="center", ha="left", parse_math=False)
     for y, line in enumerate(question):
         ax.text(0, y, line, **style)
     for i, (name, update) in enumerate(stages.items()):
@@ -162,7 +167,9 @@ def figure_1(folder: Path) -> Path | None:
                 box = dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6) if author == "junior" else None
                 ax.text(left + x, len(question) + 2 + y, text, color=BLUE if author == "senior" else "#8A3D00", bbox=box, **style)
     ax.text(0, rows - 0.8, "blue: written by the senior", color=BLUE, **style)
-    ax.text(32, rows - 0.8, "on orange: by the junior", color="#8A3D00", bbox=dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6), **style)
+    ax.text(29, rows - 0.8, "on orange: by the junior", color="#8A3D00", bbox=dict(facecolor="#FFE3B3", edgecolor="none", pad=0.6), **style)
+    why = ("The first sample", "Chosen: the first that went from wrong to right", "Chosen: the first with <<...>> that was mended")[telling]
+    ax.text(56, rows - 0.8, why, color="#333333", **style)
     return save(figure, folder / "figure1.png")
 
 
@@ -249,27 +256,37 @@ def figure_3(folder: Path, runs: Runs) -> Path:
     return finish(figure, axes.flat, runs, folder / "figure3.png", "Senior → junior; solutions of the senior alone.")
 
 
+def merge_equal(runs: Runs, arms: dict[str, str]) -> dict[str, str]:
+    """{label: arm}, where arms whose runs are the same in every number share one label, such as "token = word".
+
+    Where each word is one token, as in the tiny world, two schedules may be one.
+    """
+    merged: dict[str, tuple[str, str]] = {}
+    for label, arm in arms.items():
+        numbers = json.dumps([[{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows] for rows in runs[arm]])
+        merged[numbers] = (f"{merged[numbers][0]} = {label}", arm) if numbers in merged else (label, arm)
+    return dict(merged.values())
+
+
 def figure_granularity(folder: Path, runs: Runs) -> Path:
     """Jargon, accuracy and handoffs by schedule (upper row) and by the probability p of the senior (lower row)."""
-    schedules = [arm for arm in ("token", "word", "redraw", "sentence", "paragraph") if arm in runs]
-    shares = sorted((arm for arm in runs if arm.startswith("p-")), key=lambda arm: float(arm[2:]))
-    by_p = {f"p = {arm[2:]}": arm for arm in shares} | ({"p = 0.5 (word)": "word"} if shares and "word" in runs else {})
-    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.4), layout="constrained")
-    for row, arms in zip(axes, ({arm: arm for arm in schedules}, dict(sorted(by_p.items())))):
+    schedules = {arm: arm for arm in ("token", "word", "redraw", "sentence", "paragraph") if arm in runs}
+    by_p = {f"p = {arm[2:]}": arm for arm in sorted(runs) if arm.startswith("p-")} | ({"p = 0.5": "word"} if "word" in runs else {})
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.6), layout="constrained")
+    for row, arms in zip(axes, (merge_equal(runs, schedules), dict(sorted(by_p.items())))):
         for (label, arm), style in zip(arms.items(), STYLES):
             curve(row[0], runs[arm], "senior", "jargon", style, label)
             curve(row[1], runs[arm], "senior", "accuracy", style, label)
         junior_line(row[1], next(iter(runs.values())), "accuracy")
-        row[0].set_ylabel("solutions with jargon (%)")
-        row[1].set_ylabel("accuracy (%)")
+        row[0].set(ylabel="solutions with jargon (%)", title="senior alone")
+        row[1].set(ylabel="accuracy (%)", title="senior alone")
         row[0].legend()
-        heights = {name: [mean_of(runs[arm], name, 0) for arm in arms.values()] for name in ("handoffs", "handoffs_inside")}
-        row[2].bar(range(len(arms)), heights["handoffs"], color=SKY, label="all")
-        row[2].bar(range(len(arms)), heights["handoffs_inside"], color=BLUE, label="inside an expression")
-        row[2].set(ylabel="handoffs a rollout, update 0", xlabel=" ")
-        row[2].set_xticks(range(len(arms)), [label.removesuffix(" (word)") for label in arms], rotation=30, ha="right")
-        row[2].legend()
-    return finish(figure, axes[:, :2].flat, runs, folder / "granularity.png", "Solutions of the senior alone.")
+        for name, colour, label in (("handoffs", SKY, "all"), ("handoffs_inside", BLUE, "inside an expression")):
+            row[2].bar(range(len(arms)), [mean_of(runs[arm], name, 0) for arm in arms.values()], color=colour, label=label)
+        row[2].set(ylabel="handoffs a rollout", title="together, before training", ylim=(0, 1.45 * row[2].get_ylim()[1]), xlabel=" ")
+        row[2].set_xticks(range(len(arms)), [label if len(label) < 9 else label.replace(" = ", "\n= ") for label in arms], fontsize=6.5)
+        row[2].legend(loc="upper right")
+    return finish(figure, axes[:, :2].flat, runs, folder / "granularity.png")
 
 
 CONTROL_ARMS = {
@@ -313,11 +330,13 @@ def cells_of(runs: Runs, prefix: str = "") -> dict[tuple[float, float], str]:
 def best_cell(folder: Path) -> tuple[float, float] | None:
     """(c, j) with the best accuracy of joint rollouts on validation problems, at the last update; c nearest 0 if equal.
 
-    A run that was stopped is out of the question; None if no other is there.
+    A run that was stopped or is not at its end is out of the question; None if no other is there.
     """
     runs = read_runs(folder)
     cells = {cell: arm for cell, arm in cells_of(runs).items() if not list((folder / arm).glob("seed-*/stopped.txt"))}
-    return max(sorted(cells, reverse=True), key=lambda cell: pooled(runs[cells[cell]], "tandem", "accuracy")[-1][1], default=None)
+    ends = {cell: pooled(runs[arm], "tandem", "accuracy")[-1] for cell, arm in cells.items()}
+    last = max((end[0] for end in ends.values()), default=0)
+    return max((cell for cell in sorted(ends, reverse=True) if ends[cell][0] == last), key=lambda cell: ends[cell][1], default=None)
 
 
 def figure_sweep(folder: Path, runs: Runs) -> Path:
@@ -346,7 +365,7 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
             junior_line(ax, next(runs[arm] for arm in tests.values()), what)
         ax.set(ylabel=label, title="test problems")
         ax.legend()
-    note = "Red frame: chosen by joint validation accuracy, then trained anew and evaluated on test problems beside the main setting."
+    note = "Red frame: chosen by joint validation accuracy, then trained anew with other seeds beside the main setting (lower row)."
     return finish(figure, axes[1], runs, folder / "appendixE.png", note)
 
 
@@ -376,27 +395,44 @@ def heat_map(ax, cs: list, js: list, cells: dict, number: Callable[[str], float]
 
 
 def table(runs: Runs) -> str:
-    """Each arm before and after, in percent with 95 % intervals, as Markdown."""
+    """Each arm as Markdown: percent before -> after training, with the 95 % interval of the latter."""
 
-    def cell(points: list, update: int | None = None) -> str:
-        found = [point for point in points if update is None or point[0] == update]
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in found[-1][1:])) if found else "–"
+    def change(points: list) -> str:
+        return "{:.1f} → {:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (points[0][1], *points[-1][1:])))
 
-    spoken = sorted(
-        {name for seeds in runs.values() for rows in seeds for name in rows[0].get("eval", {}).get("junior", {}).get("languages", {})}
-    )
-    spoken = [name for name in spoken if name != "none"] if len(spoken) > 1 else []
-    head = ["arm (seeds, updates)", "accuracy alone, start", "end", "jargon alone, start", "end", "accuracy together, start", "end"]
-    head += ["junior's accuracy", *(f"senior's solutions in {name}, end" for name in spoken), "minutes a seed"]
-    lines = [" | ".join(["", *head, ""]).strip(), "|---" * len(head) + "|"]
+    def language(seeds: list, update: int) -> str:  # in which most solutions are written
+        rows = [row for rows in seeds for row in rows if row["update"] == update]
+        return max(sorted({name for row in rows for name in row["eval"]["senior"]["languages"]}), key=lambda name: total(rows, name))
+
+    def total(rows: list, name: str) -> float:
+        return sum(share_of(row["eval"]["senior"], name) for row in rows)
+
+    head = [
+        "arm",
+        "seeds",
+        "updates",
+        "accuracy alone",
+        "jargon alone",
+        "accuracy together",
+        "junior's accuracy",
+        "language",
+        "minutes a seed",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, seeds in runs.items():
         measures = [pooled(seeds, who, what) for who, what in (("senior", "accuracy"), ("senior", "jargon"), ("tandem", "accuracy"))]
-        seconds = sum(value for rows in seeds for row in rows for name, value in row.items() if name.startswith("seconds"))
-        row = [f"{arm} ({len(seeds)}, {measures[0][-1][0]})"]
-        row += [text for points in measures for text in (cell(points, 0), cell(points))]
-        row += [cell(pooled(seeds, "junior", "accuracy"), 0), *(cell(pooled(seeds, "senior", name)) for name in spoken)]
-        lines.append(" | ".join(["", *row, f"{seconds / 60 / len(seeds):.1f}", ""]).strip())
+        first, last = measures[0][0][0], measures[0][-1][0]
+        spoken = language(seeds, first), language(seeds, last)
+        share, low, high = (100 * x for x in pooled(seeds, "senior", spoken[1])[-1][1:])
+        junior, seconds = pooled(seeds, "junior", "accuracy")[0], [value for rows in seeds for row in rows for value in times(row)]
+        cells = [arm, len(seeds), last, *map(change, measures), "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in junior[1:]))]
+        cells += [f"{spoken[0]} → {spoken[1]}, {share:.1f} [{low:.1f}, {high:.1f}]", f"{sum(seconds) / 60 / len(seeds):.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def times(row: dict) -> list[float]:
+    return [value for name, value in row.items() if name.startswith("seconds")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

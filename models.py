@@ -109,10 +109,9 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
         listed = model.generation_config.eos_token_id
         ends.update(listed if isinstance(listed, list) else [listed])
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
+    model = without_dropout(get_peft_model(base, config))
     if checkpointing:
         recompute_layers(model)
-    model.eval()  # eval: dropout would make the scored policy another than the sampled
     return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
 
 
@@ -151,8 +150,21 @@ def load_model(name: str, four_bit: bool, device: str):
     model = _load(AutoModelForCausalLM, name, **options)
     model = model if four_bit else model.to(device)
     model.requires_grad_(False)
-    _check_head(model, name)
-    return model.eval()
+    _check_head(without_dropout(model), name)
+    return model
+
+
+def without_dropout(model):
+    """Evaluation mode, in training too: dropout would make the scored policy another than the sampled one.
+
+    Not for 4-bit layers, which have no dropout: on some CPUs their evaluation mode packs the weights, for good, for a
+    kernel that has no gradient.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    return model
 
 
 def _load(kind, name: str, **options):
@@ -223,6 +235,7 @@ def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_tokens: 
     examples = encode_examples(tokenizer, pairs[: steps * batch])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer.zero_grad()
     batches: list[list] = []
     for step in tqdm(range(steps), desc=label, unit="step"):
         if not batches:

@@ -70,9 +70,9 @@ def grid_arm(prefix: str, c: float, j: float) -> str:
 
 SETTINGS: dict[str, dict[str, dict]] = {
     # Figure 2: tandem training, and standard RL as the control
-    "skill": {"tandem": {}, "solo": {"solo": True}},
+    "skill": {arm: {"solo": arm == "solo"} for arm in ("tandem", "solo")},
     # Figures 2 and 3: the same where the two speak different languages
-    "language": {f"{pair}-{arm}": speak(pair) | flags for pair in PAIRS for arm, flags in (("tandem", {}), ("solo", {"solo": True}))},
+    "language": {f"{pair}-{arm}": speak(pair) | {"solo": arm == "solo"} for pair in PAIRS for arm in ("tandem", "solo")},
     # how often the pen changes hands: the schedule at p = 0.5, then p under the default schedule
     "granularity": {schedule: {"handoff": schedule} for schedule in SCHEDULES}
     | {"p-0.25": {"p": 0.25}, "p-0.75": {"p": 0.75}, "p-1": {"solo": True}},
@@ -80,7 +80,11 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "control": {
         f"{pair}-{arm}": (speak(pair) if "-" in pair else {}) | flags
         for pair in ("skill", "de-fr")
-        for arm, flags in (("main", {}), ("shuffled", {"rewards": "shuffled"}), ("senior-only", {"junior_weight": 0.0}))
+        for arm, flags in {
+            "main": {"rewards": "true", "junior_weight": 1.0},
+            "shuffled": {"rewards": "shuffled", "junior_weight": 1.0},
+            "senior-only": {"rewards": "true", "junior_weight": 0.0},
+        }.items()
     },
     # Appendix E: the best cell by validation accuracy is then confirmed on test problems, see `confirm`
     "sweep": {grid_arm("", c, j): dict(wrong_weight=c, junior_weight=j, validation=True) for c in SWEEP_C for j in SWEEP_J},
@@ -176,8 +180,8 @@ def check(args: argparse.Namespace, error) -> None:
     for name in ("lr", "specialist_lr", "clip"):
         if not getattr(args, name) > 0:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if not 0 <= args.seed <= args.seed + args.seeds <= 1000:
-        error(f"--seed {args.seed} --seeds {args.seeds}: seeds lie between 0 and 1000")
+    if not 0 <= args.seed <= args.seed + 2 * args.seeds <= 1000:  # the sweep is confirmed on as many seeds again
+        error(f"--seed {args.seed} --seeds {args.seeds}: seeds lie between 0 and 500")
     if not 0 < args.p < 1:
         error(f"--p {args.p}: tandem training needs 0 < p < 1, or one of the two never writes. p = 1 is --solo, standard RL")
     if not 0 <= args.junior_weight <= 1:
@@ -209,10 +213,20 @@ def check_folder(run: argparse.Namespace, error) -> None:
         error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
     if (folder / "config.json").is_file():
         before = json.loads((folder / "config.json").read_text())["flags"]
-        changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(run, name, None)]
+        may_change = (*MAY_CHANGE, "base")  # the base: see check_base
+        changed = [name for name in before if name not in may_change and before[name] != getattr(run, name, None)]
         if changed:
             flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
             error(f"{folder} was begun with {flags}: resume it so, or choose another --out")
+
+
+def check_base(runs: list[argparse.Namespace]) -> None:
+    """Refuse to go on with a run on another base than it was begun with: tiny.py may have changed in between."""
+    for run in runs:
+        config = folder_of(run) / "config.json"
+        before = json.loads(config.read_text())["flags"].get("base", run.base) if config.is_file() else run.base
+        if before != run.base:
+            raise ValueError(f"{folder_of(run)} was begun with the base {before}, and this is {run.base}: choose another --out")
 
 
 def settings_of(args: argparse.Namespace) -> list[str]:
@@ -238,12 +252,12 @@ def run_with(args: argparse.Namespace, setting: str, arm: str, seed: int, flags:
 
 
 def confirm(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """After the sweep: its best cell and the main one (c = 0, j = 1), trained anew and evaluated on test problems."""
+    """After the sweep: its best cell and the main one (c = 0, j = 1) on test problems, with seeds that it has not used."""
     best = figures.best_cell(Path(args.out) / "sweep")
     cells = dict.fromkeys([(0.0, 1.0), best]) if best else {}  # one if they are the same
     return [
-        run_with(args, "sweep", grid_arm("test-", c, j), seed, dict(wrong_weight=c, junior_weight=j))
-        for seed in range(args.seed, args.seed + args.seeds)
+        run_with(args, "sweep", grid_arm("test-", c, j), seed, dict(wrong_weight=c, junior_weight=j, validation=False))
+        for seed in range(args.seed + args.seeds, args.seed + 2 * args.seeds)
         for c, j in cells
     ]
 
@@ -259,19 +273,25 @@ def folder_of(run: argparse.Namespace) -> Path:
 def load_problems(run: argparse.Namespace) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
     """One training problem for each prompt of each update, and the held-out problems of this seed."""
     n = run.updates * run.batch // run.rollouts_per_prompt
-    held_out = "validation" if run.validation else "test"
     if run.problems == "generated":
-        return tasks.generate(n, "train", run.seed), tasks.generate(run.eval_problems, held_out, run.seed)
-    train, test = (tasks.load_gsm8k(run.problems, split) for split in ("train", "test"))
+        return tasks.generate(n, "train", run.seed), tasks.generate(run.eval_problems, "validation" if run.validation else "test", run.seed)
+    train = training_problems(run)
+    test = tasks.load_gsm8k(run.problems, "train" if run.validation else "test")
     if run.validation:
-        test = [problem for problem in train if tasks.split_of(problem.question) == "validation"]
-        train = [problem for problem in train if tasks.split_of(problem.question) != "validation"]
+        test = [problem for problem in test if tasks.split_of(problem.question) == "validation"]
     if not train or len(test) < run.eval_problems:
-        raise ValueError(f"{run.problems}: {len(train)} training and {len(test)} {held_out} problems, --eval-problems {run.eval_problems}")
+        kind = "validation" if run.validation else "test"
+        raise ValueError(f"{run.problems}: {len(train)} training and {len(test)} {kind} problems, --eval-problems {run.eval_problems}")
     rng = random.Random(run.seed)
-    chosen = rng.sample(test, run.eval_problems)  # drawn first: the same ones when --updates grows
+    held_out = rng.sample(test, run.eval_problems)  # drawn first: the same ones when --updates grows
     epochs = [problem for _ in range(math.ceil(n / len(train))) for problem in rng.sample(train, len(train))]
-    return epochs[:n], chosen
+    return epochs[:n], held_out
+
+
+def training_problems(run: argparse.Namespace) -> list[tasks.Problem]:
+    """What a run may learn from: GSM8K's training split, less a tenth if that is what it is evaluated on."""
+    train = tasks.load_gsm8k(run.problems, "train")
+    return [problem for problem in train if not run.validation or tasks.split_of(problem.question) != "validation"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,28 +347,32 @@ class Writers:
         return encoded, models.encode_prompts(junior, junior_prompts, args.device)
 
 
-def make_specialist(run: argparse.Namespace, pair: models.Pair, train: list[tasks.Problem]) -> dict[str, torch.Tensor]:
+def make_specialist(run: argparse.Namespace, pair: models.Pair) -> dict[str, torch.Tensor]:
     """Give the pair a fresh adapter and, unless the senior is a specialist already, teach it <<...>>. Returns the adapter.
 
     It is the same for all arms with one seed and senior's language, so it is kept: each of them starts from it.
     """
     models.reset_adapter(pair.senior, run.seed)
-    generated = run.problems == "generated"
-    kind = run.senior_language if generated else "en-validation" if run.validation else "en"  # GSM8K has English solutions
-    path = Path(run.out) / "specialist" / kind / f"seed-{run.seed}" / "adapter.pt"
     if run.specialist_steps == 0:
         return copy_of_adapter(pair.senior)
+    generated = run.problems == "generated"
+    language = run.senior_language if generated else "en"  # GSM8K has English solutions
+    kind = language if generated or not run.validation else f"{language}-validation"
+    path = Path(run.out) / "specialist" / kind / f"seed-{run.seed}" / "adapter.pt"
     flags = {name: getattr(run, name) for name in SPECIALIST_FLAGS} | {"base": pair.senior.name_or_path, "plain_every": PLAIN_EVERY}
     if path.is_file():
         kept = torch.load(path, map_location=run.device)
         if kept["flags"] == flags:
             return kept["adapter"]
+
     if generated:
         train = tasks.generate(run.specialist_steps * run.specialist_batch, "train", run.seed + 10**6)
-    solutions = [problem.solutions[run.senior_language if generated else "en"] for problem in train]
+    else:
+        train = training_problems(run)
+        random.Random(run.seed).shuffle(train)
+    solutions = [problem.solutions[language] for problem in train]
     if generated:  # GSM8K too has some without (113 of 8,792); here they keep the skill apart from the notation
         solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
-    language = run.senior_language if generated else "en"
     texts = [(tasks.prompt(problem.question, language), solution) for problem, solution in zip(train, solutions)]
     settings = dict(steps=run.specialist_steps, batch=run.specialist_batch, lr=run.specialist_lr, seed=run.seed)
     settings |= dict(micro_tokens=run.micro_tokens, label=f"specialist {kind} seed {run.seed}")
@@ -366,7 +390,7 @@ def evaluate(writers: Writers, problems: list[tasks.Problem], who: tuple[str, ..
     """Each of `who` on the held-out problems: {"senior": {...}, ...} as in metrics.jsonl; some texts go to samples.jsonl.
 
     # Open in paper: how solutions are decoded for evaluation. We sample as in training, with the same random numbers
-    # at each evaluation of a run, so that a difference between two of them is not one of luck.
+    # at each evaluation of a run, so that a difference between two of them is less one of luck.
     """
     results = {}
     for name in who:
@@ -410,6 +434,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
     parameters = [parameter for parameter in senior.parameters() if parameter.requires_grad]
     # Open in paper: the optimiser and its settings beyond the learning rate.
     optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
+    optimizer.zero_grad()  # a run that was stopped may have left a gradient
     first = restore(folder, senior, optimizer, run.device) if run.resume else 0
     write_config(folder, run)
 
@@ -431,7 +456,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
             grad_norm = None
             if loss is not None:  # else there is nothing to learn from, and the senior stays as it is
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.clip).item()
-                stop_if_lost(row, loss, grad_norm, folder, writers.pair.vocab_size)
+                stop_if_lost(row, loss, grad_norm, run, writers.pair.vocab_size)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -471,18 +496,18 @@ class Lost(Exception):
     """A run whose senior is past learning. Nothing that was computed is lost: its folder holds it."""
 
 
-def stop_if_lost(row: dict, loss: float, grad_norm: float, folder: Path, vocab_size: int) -> None:
+def stop_if_lost(row: dict, loss: float, grad_norm: float, run: argparse.Namespace, vocab_size: int) -> None:
     """Raise Lost before a step that is not finite, or where pushing wrong rollouts away (c < 0) has gone too far.
 
     That has no lower bound: log pi of what the junior wrote may fall for ever. It has gone too far where a token of a
     wrong rollout is, in the geometric mean, less likely than if the senior knew nothing: 1 / V.
     """
-    kept = f"Stopped before the step: {folder} holds the state after update {row['update'] - 1}. "
+    kept = f"Stopped before the step: {folder_of(run)} holds the state after update {row['update'] - 1}. "
     kept += "Begin anew in another --out with a smaller --lr, or a --wrong-weight nearer to 0"
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Lost(f"update {row['update']}: loss {loss}, gradient norm {grad_norm}. {kept}")
     wrong = row["logprob_wrong"]
-    if wrong is not None and wrong < -math.log(vocab_size):
+    if run.wrong_weight < 0 and wrong is not None and wrong < -math.log(vocab_size):
         raise Lost(f"update {row['update']}: wrong rollouts have run away, at {wrong:.1f} nats a token. {kept}")
 
 
@@ -509,8 +534,9 @@ def save(folder: Path, update: int, senior, optimizer) -> None:
 
 def save_whole(content: dict, path: Path) -> None:
     """Write a file that is complete or not there."""
-    torch.save(content, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    draft = path.with_suffix(f".{os.getpid()}")
+    torch.save(content, draft)
+    os.replace(draft, path)
 
 
 def copy_of_adapter(senior) -> dict[str, torch.Tensor]:
@@ -531,7 +557,8 @@ def restore(folder: Path, senior, optimizer, device: str) -> int:
     set_peft_model_state_dict(senior, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(folder / name, encoding="utf-8") as file:
+            lines = list(file)  # not splitlines, which also splits at rarer characters that a model may write
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= state["update"]]
         (folder / name).write_text("".join(kept), encoding="utf-8")
     return state["update"] + 1
@@ -540,19 +567,31 @@ def restore(folder: Path, senior, optimizer, device: str) -> int:
 def finished(run: argparse.Namespace) -> bool:
     """Whether the last update of a run is on disk, or it was stopped for good."""
     state = folder_of(run) / "state.pt"
-    return (folder_of(run) / STOPPED).is_file() or (state.is_file() and torch.load(state)["update"] >= run.updates)
+    return (folder_of(run) / STOPPED).is_file() or (state.is_file() and torch.load(state, map_location="cpu")["update"] >= run.updates)
 
 
 def twin_of(run: argparse.Namespace) -> Path | None:
     """The folder of a finished run of another setting with the same flags: two settings may share an arm."""
     matter = {name: value for name, value in vars(run).items() if name not in MAY_CHANGE or name == "updates"}
     for path in sorted(Path(run.out).glob(f"*/*/seed-{run.seed}/config.json")):
-        flags = json.loads(path.read_text())["flags"]
-        place = {name: flags.get(name) for name in ("setting", "arm")}
+        config = json.loads(path.read_text())
+        place = {name: config["flags"].get(name) for name in ("setting", "arm")}
         twin = argparse.Namespace(**vars(run) | place)
-        if all(flags.get(name) == value for name, value in (matter | place).items()) and finished(twin):
+        same = all(config["flags"].get(name) == value for name, value in (matter | place).items())
+        if same and "copied_from" not in config and finished(twin):
             return folder_of(twin)
     return None
+
+
+def copy_run(twin: Path, run: argparse.Namespace) -> None:
+    """Take over a finished run: its files as they are, with its device and versions, under this setting and arm."""
+    draft = folder_of(run).with_name(f"{folder_of(run).name}.{os.getpid()}")
+    shutil.copytree(twin, draft)
+    config = json.loads((draft / "config.json").read_text())
+    config["flags"] |= {"setting": run.setting, "arm": run.arm}
+    (draft / "config.json").write_text(json.dumps(config | {"copied_from": f"{twin.parts[-3]}/{twin.parts[-2]}"}, indent=2) + "\n")
+    shutil.rmtree(folder_of(run), ignore_errors=True)
+    draft.rename(folder_of(run))
 
 
 def write_config(folder: Path, run: argparse.Namespace) -> None:
@@ -580,25 +619,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), 8))  # more only wait for each other on models this small
     try:
-        for run in runs_of(args)[:1]:
-            load_problems(run)  # an unreadable file is best found before a model is loaded
+        for run in {run.setting: run for run in runs_of(args)}.values():
+            load_problems(run)  # what cannot be read is best found before a model is loaded
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
         writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))
+        args.base = Path(pair.senior.name_or_path).name  # for config.json: which tiny base, or which folder
+        check_base(runs_of(args))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
-    todo = [run for run in runs_of(args) if not finished(run)]
-    confirmed = "sweep" not in settings_of(args) or args.arms is not None
-    lost, clock = [], time.time()
-    for done, run in enumerate(todo):  # grows once: see confirm
-        lost += carry_out(run, writers)
-        if run is todo[-1] and not confirmed:
-            todo += [run for run in confirm(args) if not finished(run)]
-            confirmed = True
-        left = (time.time() - clock) / (done + 1) * (len(todo) - done - 1) / 60
-        print(f"{done + 1} of {len(todo)} runs are done, about {left:.0f} minutes are left\n")
+    lost = carry_out(runs_of(args), writers)
+    if "sweep" in settings_of(args) and args.arms is None:
+        lost += carry_out(confirm(args), writers)
     for setting in settings_of(args):
         figures.draw(Path(args.out) / setting)
     print(f"after {(time.time() - started) / 60:.1f} minutes")
@@ -606,23 +640,27 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("\n".join(lost))
 
 
-def carry_out(run: argparse.Namespace, writers: Writers) -> list[str]:
-    """One run, from its specialist to its last row; [why it was stopped] if it was."""
-    twin = twin_of(run)
-    if twin is not None:
-        print(f"{folder_of(run)}: the same run as {twin}, copied")
-        shutil.copytree(twin, folder_of(run), dirs_exist_ok=True)
-        write_config(folder_of(run), run)
-        return []
-    train, held_out = load_problems(run)
-    set_peft_model_state_dict(writers.pair.senior, make_specialist(run, writers.pair, train))
-    try:
-        run_arm(run, replace(writers, args=run), train, held_out)
-    except Lost as why:
-        (folder_of(run) / STOPPED).write_text(f"{why}\n")
-        print(why)
-        return [str(why)]
-    return []
+def carry_out(runs: list[argparse.Namespace], writers: Writers) -> list[str]:
+    """Make the runs that are not finished, one after the other. Returns why runs were stopped."""
+    todo, lost, clock = [run for run in runs if not finished(run)], [], time.time()
+    for done, run in enumerate(todo, 1):
+        twin = twin_of(run)
+        try:
+            if twin:
+                print(f"{folder_of(run)}: the same run as {twin}, copied")
+                copy_run(twin, run)
+            else:
+                train, held_out = load_problems(run)
+                set_peft_model_state_dict(writers.pair.senior, make_specialist(run, writers.pair))
+                run_arm(run, replace(writers, args=run), train, held_out)
+        except Lost as why:
+            (folder_of(run) / STOPPED).write_text(f"{why}\n")
+            print(why)
+        minutes = (time.time() - clock) / done * (len(todo) - done) / 60
+        print(f"{done} of {len(todo)} runs are done, about {minutes:.0f} minutes are left\n")
+        if (folder_of(run) / STOPPED).is_file():
+            lost.append((folder_of(run) / STOPPED).read_text().strip())
+    return lost
 
 
 if __name__ == "__main__":

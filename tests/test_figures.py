@@ -38,12 +38,13 @@ def test_only_evaluations_of_every_seed_are_pooled(tmp_path):
 
 
 def test_the_best_cell_of_the_sweep(tmp_path):
-    """Joint accuracy at the end decides, over both seeds; a stopped run is out; of equals, c nearest to 0; test runs do not count."""
+    """Joint accuracy at the end decides, over both seeds; a stopped or unfinished one is out; of equals, c nearest to 0."""
     for seed, (low, high) in enumerate([(0.25, 0.75), (0.5, 0.5)]):  # pooled 3 of 8 and 5 of 8
         write(tmp_path / "c0-j1" / f"seed-{seed}", (1, 1, 1), (1, 1, low))
         write(tmp_path / "c-0.5-j0.2" / f"seed-{seed}", (0, 1, 0), (0, 1, high))
         write(tmp_path / "c-0.1-j0.2" / f"seed-{seed}", (0, 1, 0), (0, 1, high))
-        write(tmp_path / "c-0.3-j0" / f"seed-{seed}", (0, 1, 1), stopped=True)
+        write(tmp_path / "c-0.3-j0" / f"seed-{seed}", (0, 1, 1), (0, 1, 1), stopped=True)
+        write(tmp_path / "c-0.3-j1" / f"seed-{seed}", (0, 1, 1))  # not at its end
         write(tmp_path / "test-c0-j0" / f"seed-{seed}", (1, 1, 1), (1, 1, 1))
     assert figures.best_cell(tmp_path) == (-0.1, 0.2)
     runs = figures.read_runs(tmp_path)
@@ -60,18 +61,29 @@ def test_updates_until(tmp_path):
     assert figures.updates_until(seeds, 0.0) != figures.updates_until(seeds, 0.0)  # nan
 
 
+def test_equal_runs_share_a_label(tmp_path):
+    """Two schedules that are one where each word is a token."""
+    write(tmp_path / "token" / "seed-0", (1, 1, 1))
+    write(tmp_path / "word" / "seed-0", (1, 1, 1))
+    write(tmp_path / "redraw" / "seed-0", (1, 0.5, 1))
+    runs = figures.read_runs(tmp_path)
+    assert figures.merge_equal(runs, {arm: arm for arm in ("token", "word", "redraw")}) == {"token = word": "word", "redraw": "redraw"}
+
+
 def test_a_wrapped_rollout_keeps_its_authors():
     """Eight columns: "She sells" breaks before " sells", whose space is dropped; "5:" is shared by both authors."""
     lines = figures.lines_of([("senior", "She sel"), ("junior", "ls 5"), ("senior", ":\n6")], columns=8)
     assert lines == [[(0, "senior", "She")], [(0, "senior", "sel"), (3, "junior", "ls 5"), (7, "senior", ":")], [(0, "senior", "6")]]
 
 
-def test_figure_1_needs_three_evaluations(tmp_path):
-    folder = tmp_path / "tandem" / "seed-0"
-    folder.mkdir(parents=True)
-    sample = {"who": "tandem", "question": "Why?", "gold": "7", "stretches": [["senior", "She has 3+4=<<3+4="], ["junior", "7>>7."]]}
-    samples = [sample | {"update": update, "reward": float(update > 0)} for update in (0, 4, 8)]
-    for n, drawn in ((2, False), (3, True)):
-        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples[:n]))
-        assert (figures.figure_1(tmp_path) is not None) == drawn
+def test_figure_1(tmp_path):
+    """Three evaluations are needed; dollars are no formula; of two seeds, the rollout with jargon is taken."""
+    for seed, text in enumerate(("$3 and $4: 3+4=7. _", "She has 3+4=<<3+4=")):
+        folder = tmp_path / "tandem" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        sample = {"who": "tandem", "question": f"Why pay $3 or $4, {seed}?", "gold": "7", "stretches": [["senior", text], ["junior", "7"]]}
+        samples = [sample | {"update": update, "reward": float(update > 0)} for update in (0, 4, 8)]
+        for n, drawn in ((2, bool(seed)), (3, True)):
+            (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples[:n]))
+            assert (figures.figure_1(tmp_path) is not None) == drawn
     assert (tmp_path / "figure1.png").is_file()

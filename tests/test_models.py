@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
@@ -79,6 +81,7 @@ def test_checkpointing_changes_no_gradient(base_folder, four_bit):
     gradients = []
     for checkpointing in (False, True):
         pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu", checkpointing=checkpointing)
+        reset_adapter(pair.senior, seed=0)
         move_adapter(pair)
         calls, layer = [], pair.senior.get_base_model().model.layers[0].input_layernorm
         layer.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
@@ -88,6 +91,31 @@ def test_checkpointing_changes_no_gradient(base_folder, four_bit):
         gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
     assert torch.allclose(*gradients, atol=1e-6)
     assert gradients[0].norm() > 1e-3
+
+
+def test_gradients_in_four_bits(base_folder):
+    """Those of a float model that has the weights which the 4-bit ones stand for, also after a rollout without gradients.
+
+    A kernel without a gradient would let it pass through the residual stream only.
+    """
+    gradients = []
+    for four_bit in (True, False):
+        pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu")
+        reset_adapter(pair.senior, seed=0)
+        move_adapter(pair)
+        layers = [module.base_layer for module in pair.senior.modules() if isinstance(module, LoraLayer)]
+        if four_bit:
+            dense = [dequantize_4bit(layer.weight.data, layer.weight.quant_state).clone() for layer in layers]
+        else:
+            for layer, weight in zip(layers, dense):
+                layer.weight.data = weight
+        with torch.no_grad():
+            pair.junior.beside_senior(input_ids=IDS.repeat(2, 1))
+        few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        backward(pair.senior, few, few.completion_mask.float(), 0.7, 100)
+        gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
+    assert torch.allclose(*gradients, atol=1e-4)
+    assert gradients[0].norm() > 0.1
 
 
 def test_two_checkpoints(base_folder, tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def always_right(monkeypatch):
 def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, capsys):
     main(command)
     out = capsys.readouterr().out
-    assert "| tandem (1, 2) |" in out
+    assert "| tandem | 1 | 2 |" in out
     for arm in ("tandem", "solo"):
         folder = tmp_path / "runs" / "skill" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
@@ -104,6 +105,17 @@ def test_resume_gives_the_same_run(command, tmp_path):
         main([*other, "--resume", "--lr", "0.5"])
 
 
+@pytest.mark.usefixtures("always_right")
+def test_a_run_goes_on_with_its_own_base_only(command, base_folder, tmp_path):
+    """The same flags, but what they name has changed: as when tiny.py is edited between a run and its --resume."""
+    main([*command, "--arms", "tandem"])
+    config = tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "config.json"
+    assert json.loads(config.read_text())["flags"]["base"] == Path(base_folder).name
+    config.write_text(config.read_text().replace(f'"base": "{Path(base_folder).name}"', '"base": "tiny-0123"'))
+    with pytest.raises(SystemExit, match="was begun with the base tiny-0123, and this is .*another --out"):
+        main([*command, "--arms", "tandem", "--resume"])
+
+
 def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: 0.0)
     main([*command, "--arms", "tandem"])
@@ -113,13 +125,16 @@ def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.usefixtures("always_right")
-def test_a_lost_run_is_kept_and_the_next_one_begins(command, tmp_path, monkeypatch):
-    """The first arm's gradient is not finite: its state is that of update 0, it says why, and the second arm is made."""
+def test_a_lost_run_is_kept_and_the_next_one_is_as_if_alone(command, tmp_path, monkeypatch):
+    """The first arm's gradient is not finite: its state is that of update 0, it says why, and the second arm is made,
+    with none of that gradient in it. Resumed, neither is run again."""
+    main([*command, "--arms", "solo", "--out", str(tmp_path / "alone")])
+    alone = without_times(rows(tmp_path / "alone" / "skill" / "solo" / "seed-0" / "metrics.jsonl"))
     real, calls = run_gsm8k.backward, []
 
-    def first_arm_fails(*args):
+    def first_arm_fails(model, rollouts, weights, *rest):
         calls.append(1)
-        return float("nan") if len(calls) == 1 else real(*args)
+        return real(model, rollouts, weights * (float("nan") if len(calls) == 1 else 1.0), *rest)
 
     monkeypatch.setattr(run_gsm8k, "backward", first_arm_fails)
     with pytest.raises(SystemExit, match="update 1: loss nan.*state after update 0.*smaller --lr"):
@@ -128,18 +143,21 @@ def test_a_lost_run_is_kept_and_the_next_one_begins(command, tmp_path, monkeypat
     assert torch.load(folder / "tandem" / "seed-0" / "state.pt")["update"] == 0
     assert len(rows(folder / "tandem" / "seed-0" / "metrics.jsonl")) == 1
     assert "loss nan" in (folder / "tandem" / "seed-0" / "stopped.txt").read_text()
-    assert len(rows(folder / "solo" / "seed-0" / "metrics.jsonl")) == 3
+    assert without_times(rows(folder / "solo" / "seed-0" / "metrics.jsonl")) == alone
     before = len(calls)
-    main([*command, "--resume"])  # neither is run again
+    main([*command, "--resume"])
     assert len(calls) == before
 
 
 def test_wrong_rollouts_that_run_away_stop_the_run():
-    """V = 100: guessing at random is log 100 = 4.6 nats a token. 4.5 goes on, 4.7 does not."""
-    row = {"update": 3, "logprob_wrong": -4.5}
-    run_gsm8k.stop_if_lost(row, 0.1, 0.1, "folder", 100)
+    """V = 100: guessing at random is log 100 = 4.6 nats a token. 4.5 goes on, 4.7 does not, unless c = 0 pushes nothing."""
+    run, row = parse_args(["--setting", "sweep", "--wrong-weight", "-0.5"]), {"update": 3, "logprob_wrong": -4.5}
+    run.arm = "c-0.5-j1"
+    run_gsm8k.stop_if_lost(row, 0.1, 0.1, run, 100)
     with pytest.raises(run_gsm8k.Lost, match="update 3: wrong rollouts have run away, at -4.7 nats a token.*--wrong-weight nearer to 0"):
-        run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, "folder", 100)
+        run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, run, 100)
+    run.wrong_weight = 0.0
+    run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, run, 100)
 
 
 @pytest.mark.usefixtures("always_right")
@@ -164,19 +182,23 @@ def test_all_settings_arm_by_arm(command, tmp_path, monkeypatch, capsys):
         main(flags)
     main([*flags, "--resume"])
     made.remove("interrupted")
-    assert len(made) == len(set(made))
-    shared = {("granularity", "word"), ("control", "skill-main"), ("sweep", "test-c0-j1")}
+    shared = {("granularity", "word"), ("control", "skill-main")}
     every = {(setting, arm) for setting, arms in few.items() for arm in arms}
     best = run_gsm8k.grid_arm("test-", *figures.best_cell(tmp_path / "runs" / "sweep"))
-    assert set(made) == every - shared | {("sweep", best)}
+    confirmed = {("sweep", "test-c0-j1"), ("sweep", best)}
+    assert sorted(made) == sorted((every - shared) | confirmed)
     out = capsys.readouterr().out
     assert "5 of 10 runs are done" in out  # 4 made, 1 copied; then came the interruption
-    assert "7 of 7 runs are done, about 0 minutes are left" in out  # the other 5, and 2 to confirm
-    assert "the same run as" in out
-    for setting, name in shared | every | {("sweep", best)}:
-        config = json.loads((tmp_path / "runs" / setting / name / "seed-0" / "config.json").read_text())
+    assert "5 of 5 runs are done, about 0 minutes are left" in out
+    assert "2 of 2 runs are done" in out
+    for setting, name in every | confirmed:
+        seed = 1 if name.startswith("test-") else 0
+        config = json.loads((tmp_path / "runs" / setting / name / f"seed-{seed}" / "config.json").read_text())
         assert (config["flags"]["setting"], config["flags"]["arm"]) == (setting, name)
         assert config["flags"]["validation"] == (setting == "sweep" and not name.startswith("test-"))
+        assert config.get("copied_from") == ("skill/tandem" if (setting, name) in shared else None)
+    main([*flags, "--resume"])
+    assert len(made) == len((every - shared) | confirmed)  # all is there, the confirmation too
     drawn = {path.relative_to(tmp_path / "runs").as_posix() for path in (tmp_path / "runs").rglob("*.png")}
     names = "skill/figure2 language/figure2 language/figure3 granularity/granularity control/control sweep/appendixE"
     assert drawn == {f"{name}.png" for name in names.split()}
