@@ -108,11 +108,16 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     for model in (base, other):  # a chat model may end its turn with another token than its tokenizer's
         listed = model.generation_config.eos_token_id
         ends.update(listed if isinstance(listed, list) else [listed])
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = without_dropout(get_peft_model(base, config))
+    model = without_dropout(add_adapter(base, rank))
     if checkpointing:
         recompute_layers(model)
     return Pair(model, AdapterOff(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
+
+
+def add_adapter(base, rank: int) -> PeftModel:
+    """The senior: the base under a fresh adapter on all linear layers."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
 
 
 def reset_adapter(senior: PeftModel, seed: int) -> None:
