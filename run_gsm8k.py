@@ -329,7 +329,9 @@ class Writers:
                     coin_generator=coins,
                 )
             )
-        return join(parts)
+        whole = join(parts)
+        # A model shown solved examples may go on with a question of its own: its solution ends there.
+        return replace(whole, texts=[text.split("\nQuestion:")[0] for text in whole.texts])
 
     def prompts(self, problems: list[tasks.Problem]):
         """What each model is asked. The specialist knows Question/Answer; a chat model is asked as in a chat."""

@@ -197,6 +197,7 @@ def test_all_settings_arm_by_arm(command, tmp_path, monkeypatch, capsys):
         assert (config["flags"]["setting"], config["flags"]["arm"]) == (setting, name)
         assert config["flags"]["validation"] == (setting == "sweep" and not name.startswith("test-"))
         assert config.get("copied_from") == ("skill/tandem" if (setting, name) in shared else None)
+    monkeypatch.setattr(figures, "draw", lambda folder: None)
     main([*flags, "--resume"])
     assert len(made) == len((every - shared) | confirmed)  # all is there, the confirmation too
     drawn = {path.relative_to(tmp_path / "runs").as_posix() for path in (tmp_path / "runs").rglob("*.png")}
@@ -218,6 +219,21 @@ def test_each_writer_is_asked_in_its_language(command, monkeypatch):
     assert junior.endswith("\nAntwort:")
     assert junior.startswith("Löse die Aufgabe")
     assert "<<" not in junior
+
+
+def test_a_question_of_its_own_ends_a_solution(command, monkeypatch):
+    """What a model writes after "Question:" counts neither for its reward nor for its language."""
+    seen, real = [], run_gsm8k.rollout
+
+    def runs_on(*args, **options):
+        rollouts = real(*args, **options)
+        rollouts.texts[:] = ["So 2 are left.\n#### 2\n\nQuestion: And 9?\nAnswer: 9"] * len(rollouts)
+        return rollouts
+
+    monkeypatch.setattr(run_gsm8k, "rollout", runs_on)
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: seen.append(text) or 0.0)
+    main([*command, "--arms", "tandem", "--updates", "1"])
+    assert set(seen) == {"So 2 are left.\n#### 2\n"}
 
 
 def test_shuffled_rewards(command, monkeypatch):
