@@ -31,7 +31,7 @@ import models
 import problems
 import tiny
 from reinforce import backward
-from rollout import Rollouts, rollout, sample
+from rollout import Rollouts, random_numbers, rollout, sample
 from run_gsm8k import SMOL
 from tandem import Handoff, build_boundaries, token_bytes
 
@@ -63,20 +63,8 @@ def rollout_times(pair, batch: int, steps: int, repeats: int, ways=("generate", 
     pair.senior.generation_config.eos_token_id = None  # nobody stops early, so that all write the same number of tokens
 
     def ours(p: float) -> None:
-        generators = dict(generator=torch.Generator().manual_seed(0), coin_generator=torch.Generator().manual_seed(1))
-        rollout(
-            pair.senior,
-            pair.junior,
-            prompts,
-            prompts,
-            tokenizer,
-            [-1],
-            boundaries,
-            p=p,
-            max_new_tokens=steps,
-            temperature=0.7,
-            **generators,
-        )
+        numbers = random_numbers(batch, steps, seed=0)
+        rollout(pair.senior, pair.junior, prompts, prompts, tokenizer, [-1], boundaries, *numbers, p=p, temperature=0.7)
 
     options = dict(do_sample=True, temperature=0.7, top_k=0, max_new_tokens=steps, pad_token_id=0)
     run = {

@@ -20,6 +20,7 @@ Not here: baseline, KL term, importance ratio (none is mentioned in the paper, a
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from rollout import Rollouts
 
 # Letters: B rollouts, P prompt, C completion, H hidden width, V vocabulary, N completion tokens that are not padding.
@@ -83,13 +84,25 @@ def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: floa
     if len(rows) == 0:
         return None
     total = 0.0
-    for part in micro_batches(rollouts, rows, micro_tokens):
+    for part in micro_batches(rollouts, rows, micro_tokens)[parallel.rank() :: parallel.world()]:
         few = select(rollouts, part)
         logprobs = completion_logprobs(model, few, temperature)
         loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
         loss.backward()
         total += loss.item()
-    return total
+    return _of_all_processes(model, total)
+
+
+def _of_all_processes(model, total: float) -> float:
+    """Sum loss and gradients over processes (parallel.py): each has run its share of the micro-batches."""
+    if parallel.world() == 1:
+        return total
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    loss = torch.tensor(total, dtype=torch.float64, device=trained[0].device)
+    parallel.add_up([loss, *(parameter.grad for parameter in trained)])
+    return loss.item()
 
 
 def micro_batches(rollouts: Rollouts, rows: torch.Tensor, micro_tokens: int) -> list[torch.Tensor]:

@@ -43,12 +43,13 @@ from tqdm import tqdm
 
 import figures
 import models
+import parallel
 import problems as tasks
 import tiny
 from metrics import count_handoffs, summarise
 from reinforce import backward, token_weights
 from reward import reward
-from rollout import Rollouts, join, rollout, stretches
+from rollout import Rollouts, join, random_numbers, rollout, stretches
 from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,27 +310,26 @@ class Writers:
 
     def write(self, problems: list[tasks.Problem], p: float, seed: int) -> Rollouts:
         """One rollout a problem, --rollout-batch at a time. The same seed gives the same rollouts."""
-        # Two streams that never coincide. (The CPU generator keeps 32 bits of a seed: seed and seed + 2**32 are one stream.)
-        generator, coins = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
-        parts = []
-        for start in range(0, len(problems), self.args.rollout_batch):
+        noise, coins = random_numbers(len(problems), self.args.max_new_tokens, seed)
+        mine, parts = parallel.share(list(range(len(problems)))), []
+        for start in range(0, len(mine), self.args.rollout_batch):
+            rows = mine[start : start + self.args.rollout_batch]
             parts.append(
                 rollout(
                     self.pair.senior,
                     self.pair.junior,
-                    *self.prompts(problems[start : start + self.args.rollout_batch]),
+                    *self.prompts([problems[row] for row in rows]),
                     self.pair.senior_tokenizer,
                     self.pair.end_ids,
                     self.boundaries,
+                    noise[:, :, rows],
+                    coins[:, rows],
                     schedule=self.args.handoff,
                     p=p,
-                    max_new_tokens=self.args.max_new_tokens,
                     temperature=self.args.temperature,
-                    generator=generator,
-                    coin_generator=coins,
                 )
             )
-        whole = join(parts)
+        whole = join([part for parts in parallel.gather([part.to("cpu") for part in parts]) for part in parts]).to(self.args.device)
         # A model shown solved examples may go on with a question of its own: its solution ends there.
         return replace(whole, texts=[text.split("\nQuestion:")[0] for text in whole.texts])
 
@@ -618,6 +618,8 @@ def write_config(folder: Path, run: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = parse_args(argv)
+    args.device = parallel.start(args.device)
+    args.out = parallel.own_folder(args.out)
     if args.device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), 8))  # more only wait for each other on models this small
     try:
@@ -638,6 +640,7 @@ def main(argv: list[str] | None = None) -> None:
     for setting in settings_of(args):
         figures.draw(Path(args.out) / setting)
     print(f"after {(time.time() - started) / 60:.1f} minutes")
+    parallel.end()
     if lost:
         sys.exit("\n".join(lost))
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from conftest import llama
 from models import AdapterOff, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
 from reinforce import backward
-from rollout import rollout
+from rollout import random_numbers, rollout
 from tandem import build_boundaries, token_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -66,8 +66,7 @@ def test_rollouts_of_one_pass_and_of_two(base_folder):
     boundaries = build_boundaries(token_bytes(tokenizer, pair.vocab_size))
 
     def write(junior):
-        generators = dict(generator=torch.Generator().manual_seed(1), coin_generator=torch.Generator().manual_seed(2))
-        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, max_new_tokens=20, **generators)
+        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, *random_numbers(3, 20, seed=1))
 
     stacked, apart = write(pair.junior), write(lambda **inputs: pair.junior(**inputs))
     assert torch.equal(stacked.completion_ids, apart.completion_ids)
