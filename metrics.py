@@ -1,11 +1,12 @@
 """What is measured: jargon, language, accuracy with its interval.
 
     jargon       a solution that contains "<<" or ">>" (West et al., 2025: share of solutions with annotations)
-    language     the most likely language of a solution's words, among those in play (library py3langid)
+    language     the most likely language of a solution's words, among those in play (library py3langid); where two are mixed,
+                 the likelier one
     handoffs     how often the author changes, and how often within an expression such as 48/2=<<48/2=24>>24
     interval     Wilson's 95 % score interval for a share of n independent solutions
 
-All work on text and know nothing of models. Not here: handoff robustness, legibility and drift (Tandem RL, 2026).
+All work on text and know nothing of models. Not here: handoff robustness, legibility and drift (Jiao et al., 2026).
 """
 
 import math

@@ -5,7 +5,7 @@ Maximised, for rollouts y with reward r (West et al., 2025; c and j: appendix E)
     J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                   (1)
     w(y) = 1 if r = 1 else c          m_t = 1 if the senior wrote y_t else j                          (2)
 
-    c   wrong_weight    0: wrong rollouts are discarded (the paper's main runs); below 0: pushed away (about -0.4)
+    c   wrong_weight    0: wrong rollouts are discarded (the paper's main runs); below 0: pushed away (the paper's best: -0.5 to -0.3)
     j   junior_weight   1: the junior's tokens count in full (main runs); 0: only the senior's own tokens
     w m                 token_weights         log pi_senior      completion_logprobs
 

@@ -1,8 +1,8 @@
 """The verifier: is the final number of a solution the right one?
 
 The reward of tandem training is that of ordinary RL on GSM8K: 1 for the whole rollout if its final number equals the
-reference, else 0, whoever wrote which part of it (West et al., 2025). Nothing rewards clarity. That senior and junior
-wrote the solution together is what makes clarity pay.
+reference, else 0, whoever wrote which part of it (West et al., 2025). Nothing rewards clarity itself: it pays
+because senior and junior write the solution together.
 
 GSM8K ends each reference solution in "#### 72", and models trained on it do the same. The final number is the first
 one after the last "####". A model that never writes "####", such as a chat model, is given its last number.

@@ -1,13 +1,13 @@
 """Tandem training on GSM8K, from the first line to every figure of the paper (West, Anderson, Kamar, Horvitz, 2025).
 
-    python run_gsm8k.py --setting skill                    # Figure 2. No GPU: the tiny preset, MINUTES
-    python run_gsm8k.py --setting language                 # Figure 3: senior and junior speak different languages
+    python run_gsm8k.py --setting skill                    # Figures 1 and 2. No GPU: the tiny preset, MINUTES
+    python run_gsm8k.py --setting language                 # Figures 2 and 3: senior and junior speak different languages
     python run_gsm8k.py --setting granularity              # when the coin is tossed, and with which probability
     python run_gsm8k.py --setting control                  # reward or imitation?
     python run_gsm8k.py --setting sweep                    # Appendix E: the weights c and j
-    python run_gsm8k.py --setting all --seeds 3            # everything, as in results/; --resume goes on arm by arm
+    python run_gsm8k.py --setting all --seeds 3            # everything, as in results/; --resume goes on run by run
     python run_gsm8k.py --setting skill --preset paper     # the default on a GPU: two Llama-2-7B in 4 bits, real GSM8K
-    python run_gsm8k.py --setting skill --preset tiny --senior PATH --junior PATH --problems FOLDER  # your own
+    python run_gsm8k.py --setting skill --preset smol --senior PATH --junior PATH --problems FOLDER  # your own
 
 A *setting* is a set of arms, and an *arm* is a set of flags (SETTINGS below). All arms of a seed that share a senior's
 language start from one specialist, which writes <<48/2=24>> in its solutions; its junior does not.
@@ -96,7 +96,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
 # Flags. A preset is a set of defaults, nothing more.
 
 MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
-UPDATES, LANGUAGE_UPDATES = 28, 40  # without --updates: where both answer in one language, and in two. A language goes later
+UPDATES = 28  # without --updates, where both answer in one language
+LANGUAGE_UPDATES = 40  # where they do not: a language takes longer to go than jargon
 SAMPLES = 4  # rollouts of an evaluation that are kept as text
 STOPPED = "stopped.txt"  # in the folder of a run that was stopped for good: why
 SPECIALIST_FLAGS = "specialist_steps specialist_batch specialist_lr four_bit rank problems".split()
@@ -112,10 +113,25 @@ PRESETS = {
 }
 
 
+def commit() -> str | None:
+    """Which code this is, with a "+" where files differ from it; None where git is not there."""
+    try:
+        run = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except OSError:
+        return None
+    return head + "+" * bool(changed) or None
+
+
+COMMIT = commit()  # when the code is loaded: files may change while a run goes on
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults of the preset. Exits with a message where a value is out of range."""
-    parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    parser, first = make_parser(), argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default=parser.get_default("preset"))
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))  # before --help, which shows them
     args = parser.parse_args(argv)
     check(args, parser.error)
     return args
@@ -147,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-every", type=int, default=4, help="updates between evaluations")
     group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
     group.add_argument("--senior-language", choices=tasks.LANGUAGES, default="en", help="in which the senior is asked to answer")
-    group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="in which the junior is")
+    group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="in which the junior is asked to answer")
     group.add_argument("--shots", type=int, default=0, help="solved examples in the prompts, where the two languages differ")
     group = parser.add_argument_group("rollouts")
     group.add_argument("--handoff", choices=SCHEDULES, default="word", help="when a coin is tossed")
@@ -212,6 +228,8 @@ def check_folder(run: argparse.Namespace, error) -> None:
     folder = folder_of(run)
     if folder.exists() and not run.resume:
         error(f"{folder} already holds a run: go on with --resume, choose another --out, or remove it")
+    if (folder / "metrics.jsonl").is_file() and not (folder / "state.pt").is_file():
+        error(f"{folder} holds rows but no state.pt to go on from: choose another --out, or remove it")
     if (folder / "config.json").is_file():
         before = json.loads((folder / "config.json").read_text())["flags"]
         may_change = (*MAY_CHANGE, "base")  # the base: see check_base
@@ -599,15 +617,13 @@ def copy_run(twin: Path, run: argparse.Namespace) -> None:
 def write_config(folder: Path, run: argparse.Namespace) -> None:
     """config.json: every flag, and what is needed to tell one machine's run from another's."""
     folder.mkdir(parents=True, exist_ok=True)
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if run.device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
     config = {
         "flags": vars(run),
         "device": device,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "tokenizers")},
-        "commit": git.stdout.strip() or None,
+        "commit": COMMIT,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

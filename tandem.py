@@ -4,15 +4,16 @@ Senior and junior write one text between them. At each boundary a coin with prob
 goes on. The default boundary is the start of a word (West et al., 2025), and a word here is what a reader would call
 one, in any script: a token opens a new word unless it continues letters, marks or digits with letters, marks or
 digits. So in `<<48/2=24>>` nearly every token may be the other writer's first. That is the pressure of tandem
-training: a senior that has written `<<48/2=` often finds the rest in the hands of a junior that does not know the
-notation, and the solution fails. What the senior learns is to write nothing that it could not hand over.
+training as the paper tells it: a senior that has written `<<48/2=` often finds the rest in the hands of a junior that
+does not know the notation, and the solution fails. What the senior learns is to write nothing that it could not hand
+over. (How much of the effect is this pressure, and how much imitation of the junior: run_gsm8k.py --setting control.)
 
 Schedules, that is, when the coin is tossed:
     token       before every token
     word        before a token that opens a word (the default)
     sentence    before a token that opens a sentence or a line
     paragraph   before a token that opens a line (the paragraphs of a GSM8K solution are its lines)
-    redraw      after a token that begins with a space, or 32 tokens after the last toss (Tandem RL, 2026)
+    redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
 
 What is exact. With `token` and `redraw` the coin depends only on text that is already written, so the text comes from
 a fixed mixture of two policies and summing log pi_senior over the senior's tokens gives the exact policy gradient of

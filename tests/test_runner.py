@@ -338,6 +338,23 @@ def test_bad_flags(flags, message, capsys):
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--preset", "paper", "--help"])
+    assert "neuralmagic/Llama-2-7b-gsm8k" in capsys.readouterr().out
+
+
+def test_results_without_a_state_are_not_resumed(command, tmp_path, capsys):
+    """As in a clone of this repository: the rows are there, the states are not, and nothing may be lost."""
+    folder = tmp_path / "runs" / "skill" / "solo" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        main([*command, "--resume"])
+    assert "holds rows but no state.pt" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
 def test_a_folder_that_holds_a_run_is_kept(command, tmp_path, capsys):
     folder = tmp_path / "runs" / "skill" / "solo" / "seed-0"
     folder.mkdir(parents=True)
