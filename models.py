@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
@@ -97,7 +98,7 @@ def load_tokenizers(senior: str, junior: str):
     return tokenizers
 
 
-def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str) -> Pair:
+def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:
     """Load the pair with a fresh adapter (which changes nothing until it is trained).
 
     Raises ValueError for a missing checkpoint, or two that differ in tokenizer or logit width.
@@ -109,9 +110,16 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     for model in (base, other):  # a chat model may end its turn with another token than its tokenizer's
         listed = model.generation_config.eos_token_id
         ends.update(listed if isinstance(listed, list) else [listed])
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = without_dropout(get_peft_model(base, config))
+    model = without_dropout(add_adapter(base, rank))
+    if checkpointing:
+        recompute_layers(model)
     return Pair(model, SharedJunior(model) if other is base else other, *tokenizers, base.config.vocab_size, sorted(ends - {None}))
+
+
+def add_adapter(base, rank: int) -> PeftModel:
+    """The senior: the base under a fresh adapter on all linear layers."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
 
 
 def reset_adapter(senior: PeftModel, seed: int) -> None:
@@ -120,6 +128,21 @@ def reset_adapter(senior: PeftModel, seed: int) -> None:
     for module in senior.modules():
         if isinstance(module, LoraLayer):
             module.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def recompute_layers(model) -> None:
+    """Gradient checkpointing: keep only what enters each layer, and run the layer again when its gradient is due.
+
+    Ours rather than transformers', which does it only in training mode, where dropout would be on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = max((module for module in base.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 def load_model(name: str, four_bit: bool, device: str):
@@ -209,7 +232,7 @@ def encode_examples(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[
 # Fine-tuning on worked solutions
 
 
-def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_batch: int, lr: float, seed: int, label: str) -> None:
+def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_tokens: int, lr: float, seed: int, label: str) -> None:
     """Maximum likelihood of solutions given prompts, on whatever parameters of `model` are trainable.
 
     pairs: (prompt, solution) texts, gone through in order of similar length within windows, again and again.
@@ -227,7 +250,7 @@ def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_batch: i
         few = demonstrations(tokenizer, batches.pop(), model.device)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
-        backward(model, few, few.completion_mask.float(), temperature=1.0, micro_batch=micro_batch)
+        backward(model, few, few.completion_mask.float(), temperature=1.0, micro_tokens=micro_tokens)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

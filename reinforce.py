@@ -20,6 +20,7 @@ Not here: baseline, KL term, importance ratio (none is mentioned in the paper, a
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from rollout import Rollouts
 
 # Letters: B rollouts, P prompt, C completion, H hidden width, V vocabulary, N completion tokens that are not padding.
@@ -70,26 +71,55 @@ def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float
     return w * m * rollouts.completion_mask
 
 
-def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_batch: int) -> float | None:
+def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_tokens: int) -> float | None:
     """Add the gradient of -J to the model's and return the loss, or None if no token has a weight.
 
-    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches, so that their
-    size changes nothing. Rollouts whose weights are all zero (the wrong ones when c = 0) are counted, but not run.
+    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches of at most
+    micro_tokens tokens, so that their size changes nothing. Rollouts whose weights are all zero (the wrong ones when
+    c = 0) are counted, but not run.
     # Open in paper: how the sum over tokens is normalised.
     """
     denominator = rollouts.completion_mask.sum()
     rows = (weights != 0).any(1).nonzero()[:, 0]
     if len(rows) == 0:
         return None
-    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
     total = 0.0
-    for part in rows.split(micro_batch):
+    for part in micro_batches(rollouts, rows, micro_tokens)[parallel.rank() :: parallel.world()]:
         few = select(rollouts, part)
         logprobs = completion_logprobs(model, few, temperature)
         loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
         loss.backward()
         total += loss.item()
-    return total
+    return _of_all_processes(model, total)
+
+
+def _of_all_processes(model, total: float) -> float:
+    """Sum loss and gradients over processes (parallel.py): each has run its share of the micro-batches."""
+    if parallel.world() == 1:
+        return total
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    loss = torch.tensor(total, dtype=torch.float64, device=trained[0].device)
+    parallel.add_up([loss, *(parameter.grad for parameter in trained)])
+    return loss.item()
+
+
+def micro_batches(rollouts: Rollouts, rows: torch.Tensor, micro_tokens: int) -> list[torch.Tensor]:
+    """Cut `rows` (n,) into parts that hold at most micro_tokens tokens each, padding included, or a single rollout."""
+    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
+    lengths = zip(rows.tolist(), rollouts.prompt_mask[rows].sum(1).tolist(), rollouts.completion_mask[rows].sum(1).tolist())
+    parts: list[list[int]] = []
+    longest = (0, 0)  # prompt and completion of the last part
+    for row, prompt, completion in lengths:
+        widened = max(longest[0], prompt), max(longest[1], completion)
+        if parts and (len(parts[-1]) + 1) * sum(widened) <= micro_tokens:
+            parts[-1].append(row)
+            longest = widened
+        else:
+            parts.append([row])
+            longest = prompt, completion
+    return [torch.tensor(part, device=rows.device) for part in parts]
 
 
 def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:

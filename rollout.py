@@ -18,7 +18,7 @@ the batch (up to the rounding of batched arithmetic), and with p = 1 it is what 
 Not here: nucleus or top-k sampling (they would make the log-probabilities of the loss wrong), several devices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -46,6 +46,10 @@ class Rollouts:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    def to(self, device: torch.device | str) -> "Rollouts":
+        tensors = [getattr(self, field.name) for field in fields(self)[:-1]]
+        return Rollouts(*(tensor.to(device) for tensor in tensors), self.texts)
 
     def handoffs(self) -> torch.Tensor:
         """(B,) how often the author changes."""
@@ -163,6 +167,17 @@ class Page:
         return Rollouts(*prompts, ids, mask, by_senior, logprobs, texts)
 
 
+def random_numbers(batch: int, max_new_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise (2, C, B), coins (C, B)), uniform in [0, 1): what the two models sample with, and the coins of the handoff.
+
+    Two streams, so that the same tokens are drawn whatever p is; a row's numbers are its own, whatever batch it is
+    written in. (torch's CPU generator keeps 32 bits of a seed: seed and seed + 2**32 would be one stream.)
+    """
+    tokens, coins = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
+    noise = torch.rand(2, max_new_tokens, batch, generator=tokens)
+    return noise, torch.rand(max_new_tokens, batch, generator=coins)
+
+
 @torch.no_grad()
 def rollout(
     senior,
@@ -172,26 +187,24 @@ def rollout(
     tokenizer,
     end_ids: list[int],
     boundaries: Boundaries,
+    noise: torch.Tensor,
+    coins: torch.Tensor,
     *,
     schedule: str = "word",
     p: float = 0.5,
-    max_new_tokens: int = 256,
     temperature: float = 0.7,
-    generator: torch.Generator,
-    coin_generator: torch.Generator,
 ) -> Rollouts:
-    """Let senior and junior write B completions together.
+    """Let senior and junior write B completions of at most C tokens together.
 
     senior, junior: causal language models over one vocabulary. *_prompts: left-padded (ids, mask), (B, P) each; P may
-    differ. end_ids: the tokens that end a completion. p: probability that a coin names the senior; at 1 the junior is
-    never run, at 0 the senior never. generator: for tokens; coin_generator: for coins, so that the same tokens are
-    drawn whatever p is. Raises ValueError for prompts of different number or an unknown schedule.
+    differ. end_ids: the tokens that end a completion. noise (2, C, B), coins (C, B): see random_numbers. p: probability
+    that a coin names the senior; at 1 the junior is never run, at 0 the senior never. Raises ValueError for prompts of
+    different number or an unknown schedule.
     """
     batch, device = len(senior_prompts[0]), senior_prompts[0].device
     if len(junior_prompts[0]) != batch:
         raise ValueError(f"{batch} prompts for the senior, {len(junior_prompts[0])} for the junior: give one each")
-    noise = torch.rand(2, max_new_tokens, batch, generator=generator, device=generator.device).to(device)
-    coins = torch.rand(max_new_tokens, batch, generator=coin_generator, device=coin_generator.device).to(device)
+    noise, coins, max_new_tokens = noise.to(device), coins.to(device), len(coins)
     handoff = Handoff(boundaries, schedule, p, coins)
     writers = [0, 1] if 0 < p < 1 else [0] if p == 1 else [1]  # senior, junior
     if p == 1:

@@ -43,12 +43,13 @@ from tqdm import tqdm
 
 import figures
 import models
+import parallel
 import problems as tasks
 import tiny
 from metrics import count_handoffs, summarise
 from reinforce import backward, token_weights
 from reward import reward
-from rollout import Rollouts, join, rollout, stretches
+from rollout import Rollouts, join, random_numbers, rollout, stretches
 from tandem import SCHEDULES, Boundaries, build_boundaries, token_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,10 +107,10 @@ LLAMA_SENIOR, LLAMA_JUNIOR = "neuralmagic/Llama-2-7b-gsm8k", "NousResearch/Llama
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = {
     "tiny": {},
-    "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_batch=16, lr=1e-4)
+    "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_tokens=4096, lr=1e-4)
     | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100, shots=3),
     "paper": dict(senior=LLAMA_SENIOR, junior=LLAMA_JUNIOR, problems="openai/gsm8k", four_bit=True, max_new_tokens=256)
-    | dict(rollout_batch=24, micro_batch=1, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
+    | dict(rollout_batch=24, micro_tokens=2048, checkpointing=True, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
 }
 
 
@@ -170,14 +171,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--junior-weight", type=float, default=1.0, help="j: weight of the junior's tokens")
     group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: among the rollouts of a batch")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--micro-batch", type=int, default=76, help="rollouts a forward pass of the update")
+    group.add_argument("--micro-tokens", type=int, default=8192, help="tokens a forward pass of the update, prompts included")
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute layers: less memory")
     return parser
 
 
 def check(args: argparse.Namespace, error) -> None:
     """Refuse impossible values, naming the value and the remedy, before anything long begins."""
     at_least_1 = "seeds rank specialist_batch eval_problems eval_every max_new_tokens batch rollouts_per_prompt"
-    for name in f"{at_least_1} rollout_batch micro_batch".split():
+    for name in f"{at_least_1} rollout_batch micro_tokens".split():
         if getattr(args, name) < 1:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name in ("lr", "specialist_lr", "clip"):
@@ -314,27 +316,27 @@ class Writers:
 
     def write(self, problems: list[tasks.Problem], p: float, seed: int) -> Rollouts:
         """One rollout a problem, --rollout-batch at a time. The same seed gives the same rollouts."""
-        # Two streams that never coincide. (The CPU generator keeps 32 bits of a seed: seed and seed + 2**32 are one stream.)
-        generator, coins = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
-        parts = []
-        for start in range(0, len(problems), self.args.rollout_batch):
+        noise, coins = random_numbers(len(problems), self.args.max_new_tokens, seed)
+        mine, parts = parallel.share(list(range(len(problems)))), []
+        for start in range(0, len(mine), self.args.rollout_batch):
+            rows = mine[start : start + self.args.rollout_batch]
             parts.append(
                 rollout(
                     self.pair.senior,
                     self.pair.junior,
-                    *self.prompts(problems[start : start + self.args.rollout_batch]),
+                    *self.prompts([problems[row] for row in rows]),
                     self.pair.senior_tokenizer,
                     self.pair.end_ids,
                     self.boundaries,
+                    noise[:, :, rows],
+                    coins[:, rows],
                     schedule=self.args.handoff,
                     p=p,
-                    max_new_tokens=self.args.max_new_tokens,
                     temperature=self.args.temperature,
-                    generator=generator,
-                    coin_generator=coins,
                 )
             )
-        whole = join(parts)
+        everyones = sum(parallel.gather([part.to("cpu") for part in parts]), [])
+        whole = join(everyones).to(self.args.device)
         # A model shown solved examples may go on with a question of its own: its solution ends there.
         return replace(whole, texts=[text.split("\nQuestion:")[0] for text in whole.texts])
 
@@ -382,7 +384,7 @@ def make_specialist(run: argparse.Namespace, pair: models.Pair) -> dict[str, tor
         solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
     texts = [(tasks.prompt(problem.question, language), solution) for problem, solution in zip(train, solutions)]
     settings = dict(steps=run.specialist_steps, batch=run.specialist_batch, lr=run.specialist_lr, seed=run.seed)
-    settings |= dict(micro_batch=run.micro_batch, label=f"specialist {kind} seed {run.seed}")
+    settings |= dict(micro_tokens=run.micro_tokens, label=f"specialist {kind} seed {run.seed}")
     models.fine_tune(pair.senior, pair.senior_tokenizer, texts, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole({"flags": flags, "adapter": copy_of_adapter(pair.senior)}, path)
@@ -460,7 +462,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
             if run.rewards == "shuffled":  # the control in which a reward says nothing of its rollout
                 rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(update)).to(run.device)]
             weights = token_weights(rollouts, rewards, run.wrong_weight, run.junior_weight)
-            loss = backward(senior, rollouts, weights, run.temperature, run.micro_batch)
+            loss = backward(senior, rollouts, weights, run.temperature, run.micro_tokens)
             grad_norm = None
             if loss is not None:  # else there is nothing to learn from, and the senior stays as it is
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.clip).item()
@@ -636,13 +638,15 @@ def write_config(folder: Path, run: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = parse_args(argv)
+    args.device = parallel.start(args.device)
+    args.out = parallel.own_folder(args.out)
     if args.device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), 8))  # more only wait for each other on models this small
     try:
         for run in {run.setting: run for run in runs_of(args)}.values():
             load_problems(run)  # what cannot be read is best found before a model is loaded
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
-        pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device)
+        pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
         writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))
         args.base = Path(pair.senior.name_or_path).name  # for config.json: which tiny base, or which folder
@@ -656,6 +660,7 @@ def main(argv: list[str] | None = None) -> None:
     for setting in settings_of(args):
         figures.draw(Path(args.out) / setting)
     print(f"after {(time.time() - started) / 60:.1f} minutes")
+    parallel.end()
     if lost:
         sys.exit("\n".join(lost))
 

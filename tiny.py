@@ -2,8 +2,8 @@
 
 So that everything runs on a laptop with no account and no download, the tiny preset makes its own base: a Llama of half
 a million parameters with a byte-level BPE tokenizer, pretrained for two minutes on generated problems. It answers an
-English question in English, German or French, as the cue of the prompt asks, and solved 48, 47 and
-36 % of our test problems in them.
+English question in English, German or French, as the cue of the prompt asks, and solved 48, 47 and 36 % of our test
+problems in them.
 
 What the pretraining text contains decides what a junior can follow, so it stands here as numbers to play with:
 
@@ -84,7 +84,7 @@ def pretrain(folder: str) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_batch=BATCH, lr=LR, seed=0, label="pretraining")
+    fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_tokens=2**20, lr=LR, seed=0, label="pretraining")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

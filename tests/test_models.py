@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from conftest import llama
 from models import SharedJunior, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
 from reinforce import backward
-from rollout import rollout
+from rollout import random_numbers, rollout
 from tandem import build_boundaries, token_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -75,13 +75,30 @@ def test_rollouts_of_one_pass_and_of_two(base_folder):
     boundaries = build_boundaries(token_bytes(tokenizer, pair.vocab_size))
 
     def write(junior):
-        generators = dict(generator=torch.Generator().manual_seed(1), coin_generator=torch.Generator().manual_seed(2))
-        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, max_new_tokens=20, **generators)
+        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, *random_numbers(3, 20, seed=1))
 
     stacked, apart = write(pair.junior), write(lambda **inputs: pair.junior(**inputs))
     assert torch.equal(stacked.completion_ids, apart.completion_ids)
     assert torch.equal(stacked.senior_mask, apart.senior_mask)
     assert torch.allclose(stacked.logprobs, apart.logprobs, atol=1e-10)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_checkpointing_changes_no_gradient(base_folder, four_bit):
+    """Layers run twice, gradients stay; and without gradients the cache is used as ever."""
+    gradients = []
+    for checkpointing in (False, True):
+        pair = load_pair(base_folder, base_folder, rank=4, four_bit=four_bit, device="cpu", checkpointing=checkpointing)
+        reset_adapter(pair.senior, seed=0)
+        move_adapter(pair)
+        calls, layer = [], pair.senior.get_base_model().model.layers[0].input_layernorm
+        layer.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        backward(pair.senior, few, few.completion_mask.float(), 0.7, 100)
+        assert len(calls) == 1 + checkpointing
+        gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
+    assert torch.allclose(*gradients, atol=1e-6)
+    assert gradients[0].norm() > 1e-3
 
 
 def test_gradients_in_four_bits(base_folder):
@@ -103,7 +120,7 @@ def test_gradients_in_four_bits(base_folder):
         with torch.no_grad():
             pair.junior.beside_senior(input_ids=IDS.repeat(2, 1))
         few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
-        backward(pair.senior, few, few.completion_mask.float(), 0.7, 8)
+        backward(pair.senior, few, few.completion_mask.float(), 0.7, 100)
         gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
     assert torch.allclose(*gradients, atol=1e-4)
     assert gradients[0].norm() > 0.1
@@ -176,7 +193,7 @@ def test_fine_tuning_learns_what_it_is_shown(base_folder):
     pair = load_pair(base_folder, base_folder, rank=8, four_bit=False, device="cpu")
     before = pair.junior(input_ids=IDS).logits
     pairs = [("Natalia", "sold 48 clips")] * 8
-    fine_tune(pair.senior, pair.senior_tokenizer, pairs, steps=60, batch=8, micro_batch=8, lr=3e-2, seed=0, label="test")
+    fine_tune(pair.senior, pair.senior_tokenizer, pairs, steps=60, batch=8, micro_tokens=4096, lr=3e-2, seed=0, label="test")
     tokenizer, text = pair.senior_tokenizer, "Natalia"
     ids = tokenizer(text, return_tensors="pt").input_ids
     for _ in range(8):

@@ -7,7 +7,7 @@ import torch
 
 import reinforce
 from conftest import llama
-from reinforce import backward, completion_logprobs, select, token_weights
+from reinforce import backward, completion_logprobs, micro_batches, select, token_weights
 from rollout import Rollouts
 
 
@@ -22,9 +22,9 @@ def make_rollouts(vocab: int, seed: int = 0) -> Rollouts:
     return Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), [""] * 5)
 
 
-def gradients(model, rollouts, weights, temperature=0.7, micro_batch=8):
+def gradients(model, rollouts, weights, temperature=0.7, micro_tokens=1000):
     model.zero_grad()
-    loss = backward(model, rollouts, weights, temperature, micro_batch)
+    loss = backward(model, rollouts, weights, temperature, micro_tokens)
     return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -80,13 +80,20 @@ def test_chunks_change_nothing(tokenizer, monkeypatch):
     assert torch.allclose(gradient, chunked_gradient, atol=1e-12)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_change_nothing(make_model, tokenizer, micro_batch):
-    """The denominator is fixed before the split, so the sum of the parts is the whole."""
+@pytest.mark.parametrize(("micro_tokens", "parts"), [(1, 5), (16, 4), (30, 2), (1000, 1)])
+def test_micro_batches_change_nothing(make_model, tokenizer, micro_tokens, parts):
+    """The denominator is fixed before the split, so the sum of the parts is the whole.
+
+    Rows by completion: prompts 1 5 2 4 3, completions 2 3 4 5 7. Within 16 tokens: two rows of 5+3, then one each;
+    within 30: three rows of 5+4, two of 4+7.
+    """
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
     weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
     loss, gradient = gradients(model, rollouts, weights)
-    part_loss, part_gradient = gradients(model, rollouts, weights, micro_batch=micro_batch)
+    cut = micro_batches(rollouts, torch.arange(5), micro_tokens)
+    assert len(cut) == parts
+    assert sorted(torch.cat(cut).tolist()) == [0, 1, 2, 3, 4]
+    part_loss, part_gradient = gradients(model, rollouts, weights, micro_tokens=micro_tokens)
     assert part_loss == pytest.approx(loss, rel=1e-10)
     assert torch.allclose(gradient, part_gradient, atol=1e-10)
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import gpt2, llama
 from reinforce import completion_logprobs
-from rollout import Reader, join, rollout, sample, stretches
+from rollout import Reader, join, random_numbers, rollout, sample, stretches
 from tandem import build_boundaries, opens_word, token_bytes
 
 STEPS = 14
@@ -29,17 +29,16 @@ def prompts(tokenizer):
 
 def write(senior, junior, prompts, tokenizer, ends=(1,), **options):
     settings = dict(p=0.5, schedule="word", max_new_tokens=STEPS, temperature=1.3) | options
-    generator, coins = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    noise, coins = random_numbers(len(prompts[0]), settings.pop("max_new_tokens"), seed=2)
     boundaries = build_boundaries(token_bytes(tokenizer, len(tokenizer)))
     padded = left_pad(prompts[0]), left_pad(prompts[1])
-    return rollout(senior, junior, *padded, tokenizer, ends, boundaries, generator=generator, coin_generator=coins, **settings)
+    return rollout(senior, junior, *padded, tokenizer, ends, boundaries, noise, coins, **settings)
 
 
 def slow_row(senior, junior, prompts, row, tokenizer, p, temperature=1.3, steps=STEPS):
     """One row by full forward passes, with the word rule on decoded strings. Returns [(id, senior wrote it)]."""
     batch = len(prompts[0])
-    noise = torch.rand(2, steps, batch, generator=torch.Generator().manual_seed(1))
-    coins = torch.rand(steps, batch, generator=torch.Generator().manual_seed(2))
+    noise, coins = random_numbers(batch, steps, seed=2)
     pieces = token_bytes(tokenizer, len(tokenizer))
     text, written, active, tosses = b"", [], None, 0
     for t in range(steps):
@@ -67,6 +66,7 @@ class WholeText:
     def __init__(self, model, tokenizer):
         self.model = model
         self.half = torch.tensor(["\ufffd" in piece.decode(errors="replace") for piece in token_bytes(tokenizer, len(tokenizer))])
+        self.half[tokenizer.pad_token_id] = True  # nor a token that is no text at all
 
     def __call__(self, **inputs):
         out = self.model(**inputs)

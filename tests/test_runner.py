@@ -1,7 +1,10 @@
 """The runner end to end with a random base, and every error that it must give before anything long begins."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -266,22 +269,52 @@ def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
 
 
 def test_coins_and_tokens_are_two_streams(command, monkeypatch):
-    """The runner's own generators, for each seed that it uses: no two of them begin alike. A coin that is the number
+    """The runner's own random numbers, for each seed that it uses: no two streams begin alike. A coin that is the number
     with which the senior samples would let it write only from the lower half of its distribution."""
-    seen = []
-    real = run_gsm8k.rollout
+    tokens, coins = [], []
+    real = run_gsm8k.random_numbers
 
-    def spy(*args, generator, coin_generator, **options):
-        for one in (generator, coin_generator):
-            seen.append(torch.rand(4, generator=one.clone_state()).tolist())
-        return real(*args, generator=generator, coin_generator=coin_generator, **options)
+    def spy(*args):
+        numbers = real(*args)
+        tokens.append(numbers[0].flatten()[:4].tolist())
+        coins.append(numbers[1].flatten()[:4].tolist())
+        return numbers
 
-    monkeypatch.setattr(run_gsm8k, "rollout", spy)
-    main([*command, "--arms", "tandem", "--rollout-batch", "8"])
-    tokens, coins = seen[::2], seen[1::2]
+    monkeypatch.setattr(run_gsm8k, "random_numbers", spy)
+    main([*command, "--arms", "tandem"])
     assert len(tokens) == 7  # 3 + 2 evaluations, 2 updates
     assert not [coin for coin in coins if coin in tokens]
     assert len({tuple(numbers) for numbers in tokens}) == 3  # evaluations repeat theirs, updates do not
+
+
+@pytest.mark.usefixtures("always_right")
+def test_rollouts_do_not_depend_on_how_many_are_written_at_a_time(command, tmp_path):
+    found = []
+    for rollout_batch in ("2", "100"):
+        out = tmp_path / rollout_batch
+        main([*command, "--arms", "tandem", "--rollout-batch", rollout_batch, "--out", str(out)])
+        found.append(rows(out / "skill" / "tandem" / "seed-0" / "samples.jsonl"))
+    assert found[0] == found[1]
+
+
+def test_two_processes_make_the_update_of_one(command, tmp_path):
+    """torchrun with two processes on the CPU: the same rows, the same adapter. c = -0.5, so that wrong rollouts teach."""
+    flags = [*command, "--arms", "tandem", "--wrong-weight", "-0.5", "--micro-tokens", "100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    runs = {}
+    for n in (1, 2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(29610 + n)]
+        subprocess.run(
+            [*launcher, "run_gsm8k.py", *flags, "--out", str(tmp_path / str(n))], check=True, env=environment, capture_output=True
+        )
+        folder = tmp_path / str(n) / "skill" / "tandem" / "seed-0"
+        runs[n] = without_times(rows(folder / "metrics.jsonl")), torch.load(folder / "state.pt")["adapter"]
+    for one, two in zip(runs[1][0], runs[2][0]):
+        for name in one:
+            assert two[name] == (pytest.approx(one[name], rel=1e-4) if isinstance(one[name], float) else one[name])
+    for name, tensor in runs[1][1].items():
+        assert torch.allclose(tensor, runs[2][1][name], atol=1e-5)
+    assert runs[1][0][1]["loss"] is not None
 
 
 @pytest.mark.parametrize(
