@@ -1,27 +1,29 @@
 """What a run will take of a device's memory, before it starts, and the largest chunks that fit.
 
-    peak = weights + adapter and optimiser + max(rollout, update)
+    peak = weights + adapter + max(rollout, update)
 
-    weights     4-bit linear layers: half a byte a number, and one more byte for every 64; all else in the model's type
-    adapter     LoRA's A and B in float32, their gradients, and AdamW's two moments
-    rollout     keys and values of each row and layer, for senior and junior, and what sampling holds for a vocabulary
-    update      with checkpointing what enters each layer, one layer's activations, and one chunk of logits
+    weights   4-bit linear layers: half a byte a number, and a scale of about a byte for every 64; all else as it is
+    adapter   LoRA's A and B in float32, their gradients, AdamW's two moments (a byte a number each with --eight-bit-adam)
+    rollout   keys and values of each row and layer, for senior and junior; the pass over the prompts; sampling
+    update    what is kept for the gradient (with --checkpointing what enters each layer, and one layer's inside), logits
 
-The counts of numbers are exact: the model is built on the meta device, which holds shapes and no numbers. What a layer
-keeps for its gradient is counted for the Llama family, and an estimate for others.
+The sizes of weights and adapter are exact: the model is built on the meta device, which holds shapes and no numbers.
+What a layer keeps is counted for the Llama family; for others it is an estimate. A plan costs nothing, and a run that
+does not fit is refused before its weights are loaded.
 
-Not here: measuring (benchmark.py), the memory of the Python process and of CUDA's own libraries (about 0.5 GB: see RESERVE).
+Not here: measuring (benchmark.py --only memory puts plan and measured peak side by side), memory outside the tensors.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from reinforce import LOGITS_AT_ONCE
 
-GB = 2**30
-RESERVE = 0.75 * GB  # of a CUDA device: its context, cuBLAS, and what the allocator cannot use
+GIB = 2**30
+RESERVE = 0.75 * GIB  # of a CUDA device: cuBLAS, and what its allocator cannot use
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,8 @@ class Shape:
     vocab_size: int
 
 
-def shape_of(name: str) -> Shape:
-    """Read the shape of a checkpoint from its configuration: no weights are loaded."""
-    config = AutoConfig.from_pretrained(name)
+def shape_of(config) -> Shape:
+    """The shape of a checkpoint, from its transformers configuration alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -63,28 +64,87 @@ def shape_of(name: str) -> Shape:
     )
 
 
-def plan(
-    senior: Shape, junior: Shape | None, *, four_bit: bool, half: bool, rank: int, rows: int, tokens: int, length: int, checkpointing: bool
-) -> dict[str, float]:
-    """Bytes by purpose. junior: None where the base is shared. rows: rollouts written at one time; tokens: those of a
-    forward pass of the update; length: of prompt and completion; half: 2 bytes a number rather than 4."""
-    size = 2 if half else 4
-    linear = 0.5 + 1 / 64 if four_bit else size  # double quantisation: a byte for every block of 64
-    weights = sum(shape.linear * linear + shape.other * size for shape in (senior, junior) if shape)
-    adapter = senior.lora * rank * 4 * 4  # values, gradients, two moments
-    caches = rows * length * sum(shape.layers * shape.kv * size for shape in (senior, junior or senior))
-    sampling = 2 * rows * senior.vocab_size * (size + 3 * 4)  # logits, and in float32: scaled, log-softmax, cumulated
-    kept = senior.hidden * size  # of a token, what enters a layer
-    # Within a layer, for the gradient: two norms with a float32 copy each, queries to outputs, three of the feed-forward part.
-    inside = size * (7 * senior.hidden + senior.kv + 4 * senior.wide) + 4 * 3 * senior.hidden
-    layers = senior.layers * kept + 2 * inside if checkpointing else senior.layers * inside
-    chunk = min(tokens * senior.vocab_size, LOGITS_AT_ONCE)
-    update = tokens * layers + chunk * (2 * size + 3 * 4) + senior.largest * size * four_bit
-    return {
-        "weights": weights,
-        "adapter and optimiser": adapter,
-        "rollout: caches": caches,
-        "rollout: sampling": sampling,
-        "update": update,
-        "peak": weights + adapter + max(caches + sampling, update),
-    }
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose, for a pair of shapes. junior: None where the base is shared."""
+
+    senior: Shape
+    junior: Shape | None
+    four_bit: bool
+    half: bool  # 2 bytes a number, as on an accelerator, rather than 4
+    rank: int
+    checkpointing: bool
+    eight_bit_adam: bool
+
+    @property
+    def size(self) -> int:
+        return 2 if self.half else 4
+
+    def weights(self) -> float:
+        linear = 0.5 + 1 / 64 if self.four_bit else self.size
+        return sum(shape.linear * linear + shape.other * self.size for shape in (self.senior, self.junior) if shape)
+
+    def adapter(self) -> float:
+        return self.senior.lora * self.rank * (4 + 4 + (2 if self.eight_bit_adam else 8))
+
+    def rollout(self, rows: int, prompt: int, new: int) -> float:
+        """`rows` rollouts at one time, with prompts of `prompt` tokens and completions of at most `new`."""
+        caches = rows * (prompt + new) * sum(shape.layers * shape.kv * self.size for shape in (self.senior, self.junior or self.senior))
+        # A pass over the prompts, of both at once on a shared base: the residual, its norm, and the feed-forward part's three.
+        inside = self.size * (3 * self.senior.hidden + 3 * self.senior.wide) + 4 * self.senior.wide * self.half
+        reading = rows * (1 if self.junior else 2) * prompt * inside
+        # Logits of both; in float32 the log-softmax of both, and of one its exponential and the sums of that.
+        sampling = rows * self.senior.vocab_size * (2 * self.size + 4 * 4)
+        return caches + max(reading, sampling) + self._dequantised()
+
+    def update(self, tokens: int, prompt: int, new: int) -> float:
+        """A forward and backward pass over `tokens` tokens, padding included, of rollouts of this length."""
+        shape, size = self.senior, self.size
+        if self.half:  # LoRA computes in float32, and so do norms: a copy of the input of each linear map, and of two norms
+            inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.wide) + 4 * (8 * shape.hidden + shape.wide)
+        else:
+            inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.wide)
+        gradients = size * (2 * shape.hidden + 2 * shape.wide)
+        # In float32: log-softmax, its gradient, and that of the logits, of completion tokens only.
+        logits = min(tokens * new / (prompt + new) * shape.vocab_size, LOGITS_AT_ONCE) * 3 * 4
+        if self.checkpointing:
+            return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
+        return shape.layers * tokens * inside + max(tokens * gradients + self._dequantised(), logits)
+
+    def _dequantised(self) -> float:
+        return self.senior.largest * self.size * self.four_bit
+
+    def peak(self, rows: int, tokens: int, prompt: int, new: int) -> float:
+        return self.weights() + self.adapter() + max(self.rollout(rows, prompt, new), self.update(tokens, prompt, new))
+
+    def fit(self, budget: float, rows: int, tokens: int, prompt: int, new: int) -> tuple[int, int]:
+        """(rows, tokens) of the fewest chunks of even size that keep to `budget` bytes; a pass holds at least one rollout.
+
+        Raises ValueError where even the smallest do not fit.
+        """
+        rest, all_rows, all_tokens, cuts = budget - self.weights() - self.adapter(), rows, tokens, 1
+        while rows > 1 and self.rollout(rows, prompt, new) > rest:
+            cuts += 1
+            rows = math.ceil(all_rows / cuts)
+        cuts = 1
+        while tokens > prompt + new and self.update(tokens, prompt, new) > rest:
+            cuts += 1
+            tokens = max(prompt + new, all_tokens // cuts)
+        if max(self.rollout(rows, prompt, new), self.update(tokens, prompt, new)) > rest:
+            raise ValueError(
+                f"{self.report(rows, tokens, prompt, new)}, which is more than {amount(budget)} even with one rollout at a time. "
+                "Remedies: --four-bit, --checkpointing, --eight-bit-adam, fewer --max-new-tokens or --shots, a lower --rank, smaller models"
+            )
+        return rows, tokens
+
+    def report(self, rows: int, tokens: int, prompt: int, new: int) -> str:
+        peak = self.peak(rows, tokens, prompt, new)
+        return (
+            f"memory: weights {amount(self.weights())}, adapter and optimiser {amount(self.adapter())}, "
+            f"{rows} rollouts of {prompt} + {new} tokens {amount(self.rollout(rows, prompt, new))} "
+            f"or update of {tokens} tokens a pass {amount(self.update(tokens, prompt, new))}; peak {amount(peak)}"
+        )
+
+
+def amount(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -85,7 +85,7 @@ def load_tokenizers(senior: str, junior: str):
     Ids beyond the logits, such as a padding token that was added to the tokenizer alone, are never written or read.
     """
     tokenizers = [_load(AutoTokenizer, name) for name in (senior, junior)]
-    widths = [_load(AutoConfig, name).vocab_size for name in (senior, junior)]
+    widths = [load_config(name).vocab_size for name in (senior, junior)]
     first, second = ({token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths))
     if first != second:
         differ = len(set(first.items()) ^ set(second.items()))
@@ -96,6 +96,10 @@ def load_tokenizers(senior: str, junior: str):
     if widths[0] != widths[1]:
         raise ValueError(f"senior and junior must have logits of one width: {senior} has {widths[0]}, {junior} {widths[1]}")
     return tokenizers
+
+
+def load_config(name: str):
+    return _load(AutoConfig, name)
 
 
 def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:

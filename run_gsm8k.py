@@ -38,10 +38,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from bitsandbytes.optim import PagedAdamW8bit
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 import figures
+import memory
 import models
 import parallel
 import problems as tasks
@@ -95,7 +97,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags. A preset is a set of defaults, nothing more.
 
-MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates")  # between a run and its --resume
+# Between a run and its --resume. (How many rollouts or tokens are in memory at a time changes results by rounding only.)
+MAY_CHANGE = ("arms", "device", "out", "resume", "seeds", "updates", "memory", "rollout_batch", "micro_tokens", "checkpointing")
 UPDATES = 28  # without --updates, where both answer in one language
 LANGUAGE_UPDATES = 40  # where they do not: a language takes longer to go than jargon
 WHO = ("senior", "tandem", "junior")  # who is evaluated: each alone, and both together
@@ -110,7 +113,7 @@ PRESETS = {
     "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_tokens=4096, lr=1e-4)
     | dict(specialist_steps=300, specialist_lr=5e-4, eval_problems=100, shots=3),
     "paper": dict(senior=LLAMA_SENIOR, junior=LLAMA_JUNIOR, problems="openai/gsm8k", four_bit=True, max_new_tokens=256)
-    | dict(rollout_batch=24, micro_tokens=2048, checkpointing=True, lr=1e-4, updates=80, specialist_steps=0, eval_problems=200, shots=3),
+    | dict(rollout_batch=152, checkpointing=True, eight_bit_adam=True, lr=1e-4, updates=80, specialist_steps=0, shots=3),
 }
 
 
@@ -173,6 +176,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--micro-tokens", type=int, default=8192, help="tokens a forward pass of the update, prompts included")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute layers: less memory")
+    group.add_argument("--eight-bit-adam", action=argparse.BooleanOptionalAction, default=False, help="bitsandbytes' paged 8-bit AdamW")
+    group.add_argument("--memory", type=float, help="GiB to keep to, with smaller --rollout-batch and --micro-tokens; a GPU's free memory")
     return parser
 
 
@@ -182,8 +187,8 @@ def check(args: argparse.Namespace, error) -> None:
     for name in f"{at_least_1} rollout_batch micro_tokens".split():
         if getattr(args, name) < 1:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "specialist_lr", "clip"):
-        if not getattr(args, name) > 0:
+    for name in ("lr", "specialist_lr", "clip", "memory"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if not 0 <= args.seed <= args.seed + 2 * args.seeds <= 1000:  # the sweep is confirmed on as many seeds again
         error(f"--seed {args.seed} --seeds {args.seeds}: seeds lie between 0 and 500")
@@ -318,13 +323,14 @@ class Writers:
         """One rollout a problem, --rollout-batch at a time. The same seed gives the same rollouts."""
         noise, coins = random_numbers(len(problems), self.args.max_new_tokens, seed)
         mine, parts = parallel.share(list(range(len(problems)))), []
+        tokenizers = self.pair.senior_tokenizer, self.pair.junior_tokenizer
         for start in range(0, len(mine), self.args.rollout_batch):
             rows = mine[start : start + self.args.rollout_batch]
             parts.append(
                 rollout(
                     self.pair.senior,
                     self.pair.junior,
-                    *self.prompts([problems[row] for row in rows]),
+                    *prompts(self.args, tokenizers, [problems[row] for row in rows]),
                     self.pair.senior_tokenizer,
                     self.pair.end_ids,
                     self.boundaries,
@@ -340,20 +346,20 @@ class Writers:
         # A model shown solved examples may go on with a question of its own: its solution ends there.
         return replace(whole, texts=[text.split("\nQuestion:")[0] for text in whole.texts])
 
-    def prompts(self, problems: list[tasks.Problem]):
-        """What each model is asked. The specialist knows Question/Answer; a chat model is asked as in a chat."""
-        args, junior = self.args, self.pair.junior_tokenizer
-        shots = args.shots if args.senior_language != args.junior_language else 0
-        for_senior = args.senior_language, tasks.demonstrations(shots, args.senior_language, annotated=True)
-        for_junior = args.junior_language, tasks.demonstrations(shots, args.junior_language, annotated=False)
-        asked = [problem.question for problem in problems]
-        senior_prompts = [tasks.prompt(question, *for_senior) for question in asked]
-        if junior.chat_template:
-            junior_prompts = [tasks.chat_prompt(junior, question, *for_junior) for question in asked]
-        else:
-            junior_prompts = [tasks.prompt(question, *for_junior) for question in asked]
-        encoded = models.encode_prompts(self.pair.senior_tokenizer, senior_prompts, args.device)
-        return encoded, models.encode_prompts(junior, junior_prompts, args.device)
+
+def prompts(args: argparse.Namespace, tokenizers, problems: list[tasks.Problem]):
+    """What each model is asked, as (ids, mask). The specialist knows Question/Answer; a chat model is asked as in a chat."""
+    senior, junior = tokenizers
+    shots = args.shots if args.senior_language != args.junior_language else 0
+    for_senior = args.senior_language, tasks.demonstrations(shots, args.senior_language, annotated=True)
+    for_junior = args.junior_language, tasks.demonstrations(shots, args.junior_language, annotated=False)
+    asked = [problem.question for problem in problems]
+    senior_prompts = [tasks.prompt(question, *for_senior) for question in asked]
+    if junior.chat_template:
+        junior_prompts = [tasks.chat_prompt(junior, question, *for_junior) for question in asked]
+    else:
+        junior_prompts = [tasks.prompt(question, *for_junior) for question in asked]
+    return models.encode_prompts(senior, senior_prompts, args.device), models.encode_prompts(junior, junior_prompts, args.device)
 
 
 def make_specialist(run: argparse.Namespace, pair: models.Pair) -> dict[str, torch.Tensor]:
@@ -443,7 +449,7 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
     folder, senior = folder_of(run), writers.pair.senior
     parameters = [parameter for parameter in senior.parameters() if parameter.requires_grad]
     # Open in paper: the optimiser and its settings beyond the learning rate.
-    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
+    optimizer = (PagedAdamW8bit if run.eight_bit_adam else torch.optim.AdamW)(parameters, lr=run.lr, weight_decay=0.0)
     optimizer.zero_grad()  # a run that was stopped may have left a gradient
     first = restore(folder, senior, optimizer, run.device) if run.resume else 0
     write_config(folder, run)
@@ -633,6 +639,27 @@ def write_config(folder: Path, run: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def plan_memory(args: argparse.Namespace, names: list[str]) -> None:
+    """Say what the runs will take, and cut --rollout-batch and --micro-tokens to what fits. Raises ValueError if nothing does."""
+    tokenizers, longest = models.load_tokenizers(*names), 0
+    for run in {(run.senior_language, run.junior_language): run for run in runs_of(args)}.values():
+        asked = prompts(argparse.Namespace(**vars(run) | {"device": "cpu"}), tokenizers, sum(load_problems(run), []))
+        longest = max([longest, *(ids.shape[1] for ids, _ in asked)])
+    senior, junior = (memory.shape_of(models.load_config(name)) for name in names)
+    on_gpu = args.device.startswith("cuda")
+    how = {name: getattr(args, name) for name in ("four_bit", "rank", "checkpointing", "eight_bit_adam")}
+    plan = memory.Plan(senior, None if names[0] == names[1] else junior, half=on_gpu, **how)
+    budget = args.memory * memory.GIB if args.memory else torch.cuda.mem_get_info()[0] - memory.RESERVE if on_gpu else math.inf
+    at_most = min(args.rollout_batch, max(args.batch, args.eval_problems))
+    length = longest, args.max_new_tokens
+    args.rollout_batch, args.micro_tokens = plan.fit(budget, at_most, args.micro_tokens, *length)
+    print(plan.report(args.rollout_batch, args.micro_tokens, *length))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -646,6 +673,7 @@ def main(argv: list[str] | None = None) -> None:
         for run in {run.setting: run for run in runs_of(args)}.values():
             load_problems(run)  # what cannot be read is best found before a model is loaded
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
+        plan_memory(args, names)
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
         writers = Writers(args, pair, pieces, build_boundaries(pieces).to(args.device))

@@ -75,10 +75,13 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
 
 
 @pytest.mark.usefixtures("always_right")
-def test_resume_gives_the_same_run(command, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--eight-bit-adam", "--rank", "64"]])  # below 4096 numbers, 8 bits are not used
+def test_resume_gives_the_same_run(command, flags, tmp_path):
     """Stopped after update 1 with half a row written, then resumed: the rows of an unbroken run, bit for bit."""
+    command = [*command, *flags]
     main([*command, "--arms", "tandem"])
     whole = tmp_path / "runs" / "skill" / "tandem" / "seed-0"
+    assert ("uint8" in str(torch.load(whole / "state.pt")["optimizer"]["state"][0])) == bool(flags)
     expected, samples = without_times(rows(whole / "metrics.jsonl")), rows(whole / "samples.jsonl")
 
     other = [*command, "--arms", "tandem", "--out", str(tmp_path / "other")]
@@ -297,6 +300,21 @@ def test_rollouts_do_not_depend_on_how_many_are_written_at_a_time(command, tmp_p
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("always_right")
+def test_chunks_are_cut_to_the_memory(command, tmp_path, capsys):
+    """6 MiB hold fewer of this base's rollouts than 8, and the same ones; 1 MiB holds none."""
+    command = [*command, "--arms", "tandem", "--rollout-batch", "8"]
+    main(command)
+    assert "8 rollouts of" in capsys.readouterr().out
+    main([*command, "--out", str(tmp_path / "less"), "--memory", "0.006"])
+    assert re.search(r"memory: weights .* MiB, [1-7] rollouts of", capsys.readouterr().out)
+    less, more = (tmp_path / name / "skill" / "tandem" / "seed-0" / "samples.jsonl" for name in ("less", "runs"))
+    assert rows(less) == rows(more)
+    with pytest.raises(SystemExit, match="more than 1 MiB even with one rollout at a time.*--checkpointing"):
+        main([*command, "--out", str(tmp_path / "none"), "--memory", "0.001"])
+    assert not (tmp_path / "none").exists()
+
+
 def test_two_processes_make_the_update_of_one(command, tmp_path):
     """torchrun with two processes on the CPU: the same rows, the same adapter. c = -0.5, so that wrong rollouts teach."""
     flags = [*command, "--arms", "tandem", "--wrong-weight", "-0.5", "--micro-tokens", "100"]
@@ -333,6 +351,7 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--seed -1", "--seed -1"),
         ("--updates -1", "--updates -1: must be 0"),
         ("--lr -1", "--lr -1.0: must be above 0"),
+        ("--memory 0", "--memory 0.0: must be above 0"),
         ("--specialist-steps -1", "--specialist-steps -1"),
         ("--arms tandm", "--arms tandm: not an arm of --setting skill. Choose from tandem, solo"),
         ("--shots 9", "--shots 9: there are 3 solved examples"),
