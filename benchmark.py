@@ -1,15 +1,14 @@
-"""What tandem rollouts and updates cost, as ratios within one run:  python benchmark.py [--only tiny|smol|cuda|update]
+"""What tandem rollouts and updates cost, as ratios within one run:  python benchmark.py [--only PART] [--out FILE]
 
-Rollouts, all of the same length, alternating, medians of several repeats:
-
-    generate   transformers' generate, the senior alone
-    plain      two models in turn at every token, each with transformers' own cache
-    solo       rollout.py with p = 1
-    tandem     rollout.py with p = 0.5
-
-for the tiny base at batch 152, SmolLM2-135M at batch 16 and 64, and on CUDA a pair of the shape of Llama-2-7B with random
-weights in NF4, shared or two checkpoints. Then tandem at three lengths. `update`: time and peak memory of reinforce.py
-beside full logits with cross-entropy. Prints tables; --out writes them as JSON.
+    tiny, smol   rollouts of the tiny base at batch 152 and of SmolLM2-135M at 16 and 64, all of one length, in turn, as medians:
+                 generate   transformers' generate, the senior alone
+                 plain      two models one after the other at every token, each with transformers' own cache
+                 solo       rollout.py with p = 1
+                 tandem     rollout.py with p = 0.5;  ending: the same where rows end when they are done
+                 and the time a token of `generate` and `tandem` at three lengths
+    update       time and peak memory of reinforce.py beside full logits with cross-entropy, for two vocabularies
+    memory       what memory.py plans beside what is used, for pairs with random weights in NF4
+    cuda         rollouts of a pair of the shape of Llama-2-7B with random weights in NF4, on one base and on two
 
 Not here: the quality of anything (run_gsm8k.py). Times of a busy machine mean little, ratios somewhat more.
 """
@@ -302,9 +301,9 @@ def reset_peak(device: str) -> None:
 
 
 def in_a_process(function: str, **arguments) -> dict:
-    """Call a function of this file in a process of its own, in which freed memory goes back to the system at once."""
+    """Call a function of this file in a process of its own. Where only memory counts, what is freed leaves it at once."""
     command = [sys.executable, __file__, "--call", json.dumps([function, arguments])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if function == "memory_once" else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -341,10 +340,10 @@ def measure(part: str, device: str, args: argparse.Namespace) -> list[dict]:
         base = str(tiny.base_folder())
         pair = models.load_pair(base, base, rank=16, four_bit=False, device=device)
         rows = report_rollouts("tiny", pair, [152], 112, args.repeats, (*WAYS, "ending"))
-        return rows + report_lengths("tiny", pair, 32, args.repeats)
+        return rows + report_lengths("tiny", pair, 32, min(args.repeats, 3))
     if part == "smol":
         pair = models.load_pair(args.smol, args.smol, rank=16, four_bit=False, device=device)
-        rows = report_rollouts("SmolLM2-135M", pair, [16, 64], 64, args.repeats)
+        rows = report_rollouts("SmolLM2-135M", pair, [16, 64], 32, args.repeats)
         return rows + report_lengths("SmolLM2-135M", pair, 2, 1)
     if part == "update":
         return report_updates(device, args.repeats)

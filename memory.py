@@ -105,8 +105,8 @@ class Plan:
         else:
             inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.wide)
         gradients = size * (2 * shape.hidden + 2 * shape.wide)
-        # In float32: log-softmax, its gradient, and that of the logits, of completion tokens only.
-        logits = min(tokens * new / (prompt + new) * shape.vocab_size, LOGITS_AT_ONCE) * 3 * 4
+        # Logits and their log-softmax in float32, of completion tokens only.
+        logits = min(tokens * new / (prompt + new) * shape.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + 2 * self.half)
         if self.checkpointing:
             return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
         return shape.layers * tokens * inside + max(tokens * gradients + self._dequantised(), logits)

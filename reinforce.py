@@ -18,20 +18,19 @@ Not here: baseline, KL term, importance ratio (none is mentioned in the paper, a
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import parallel
 from rollout import Rollouts
 
 # Letters: B rollouts, P prompt, C completion, H hidden width, V vocabulary, N completion tokens that are not padding.
-LOGITS_AT_ONCE = 2**26  # numbers: 256 MB in float32
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
 
 
 def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature, (B, C); zeros at padding. Differentiable.
 
     The trunk runs once over (B, P+C); the output layer, whose V logits a token are what fills a memory, runs only on
-    the N completion tokens, in chunks of bounded size that are recomputed in the backward pass.
+    the N completion tokens, a few of them at a time.
     """
     ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)  # (B, P+C)
     mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)  # (B, P+C)
@@ -46,20 +45,39 @@ def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.
     states, targets = hidden[real], rollouts.completion_ids[real]  # (N, H), (N,)
 
     head = causal_lm.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // causal_lm.config.vocab_size)
-    if len(targets) <= chunk:  # small enough to keep for the backward pass
-        flat = _token_logprobs(head, states, targets, temperature)  # (N,)
+    if head.weight.requires_grad:  # only where a tiny base is pretrained: its vocabulary is small
+        flat = head(states).to(torch.promote_types(states.dtype, torch.float32)).div(temperature).log_softmax(-1)
+        flat = flat.gather(1, targets[:, None])[:, 0]  # (N,)
     else:
-        parts = zip(states.split(chunk), targets.split(chunk))
-        flat = torch.cat([checkpoint(_token_logprobs, head, *part, temperature, use_reentrant=False) for part in parts])
+        flat = FrozenHead.apply(head, states, targets, temperature)  # (N,)
     return torch.zeros(real.shape, dtype=flat.dtype, device=flat.device).masked_scatter(real, flat)
 
 
-def _token_logprobs(head, states: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(N, H) states and (N,) targets -> (N,) log-probabilities, in float32 at least."""
-    logits = head(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+class FrozenHead(torch.autograd.Function):
+    """log softmax(W h / T)[y] of a frozen output layer W, for N states h and tokens y, without keeping N * V logits.
+
+    Its gradient is W^T (onehot(y) - softmax(W h / T)) / T, for which all is at hand on the way forward. So it is made
+    there, a few states at a time, and only its N * H numbers are kept: no logits, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, head, states: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        logprobs, gradients = [], []
+        for h, y in zip(states.split(chunk), targets[:, None].split(chunk)):
+            logits = head(h).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature)  # half precision is not enough
+            all_logprobs = logits.log_softmax(-1)
+            logprobs.append(all_logprobs.gather(1, y)[:, 0])
+            difference = all_logprobs.exp_().neg_()  # onehot - softmax
+            difference.scatter_add_(1, y, torch.ones_like(y, dtype=difference.dtype))
+            gradients.append(difference.to(h.dtype) @ head.weight / temperature)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        (gradients,) = ctx.saved_tensors
+        return None, upstream[:, None].to(gradients.dtype) * gradients, None, None
 
 
 def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
