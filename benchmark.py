@@ -7,7 +7,7 @@
                  tandem     rollout.py with p = 0.5;  ending: the same where rows end when they are done
                  and the time a token of `generate` and `tandem` at three lengths
     update       time and peak memory of reinforce.py beside full logits with cross-entropy, for two vocabularies
-    memory       what memory.py plans beside what is used, for pairs with random weights in NF4
+    memory       what memory.py plans beside what is used, for pairs with random weights in NF4; on CUDA the 7B pair in 24 GiB too
     cuda         rollouts of a pair of the shape of Llama-2-7B with random weights in NF4, on one base and on two
 
 Not here: the quality of anything (run_gsm8k.py). Times of a busy machine mean little, ratios somewhat more.
@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 import problems
 import tiny
-from memory import Plan, shape_of
+from memory import GIB, RESERVE, Plan, shape_of
 from reinforce import backward, select
 from rollout import Rollouts, random_numbers, rollout, sample
 from run_gsm8k import COMMIT, SMOL
@@ -230,14 +230,19 @@ def whole_rollouts(rows: int, prompt: int, new: int, vocabulary: int, device: st
 
 
 def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, device: str) -> dict:
-    """MiB of weights, rollout and update of a random pair in NF4, measured and planned. In a process of its own."""
+    """MiB of weights, rollout and update of a random pair in NF4, measured and planned. In a process of its own.
+
+    At the size of Llama-2-7B with the chunks that the plan finds for 24 GiB.
+    """
     models.load_tokenizers(*[str(tiny.base_folder())] * 2)
     random_pair(llama(64, 1), device, shared=True)  # loads what is loaded but once
     reset_peak(device)
-    rows, prompt, new, empty = 16, 64, 96, used(device)
-    pair = random_pair(llama(hidden, layers), device, shared, checkpointing)
     shape = shape_of(llama(hidden, layers))
     plan = Plan(shape, None if shared else shape, True, device == "cuda", 16, checkpointing, False)
+    prompt, new = (200, 256) if hidden == 4096 else (64, 96)
+    rows, tokens = plan.fit(24 * GIB - RESERVE, 152, 8192, prompt, new) if hidden == 4096 else (16, 8 * (prompt + new))
+    empty = used(device)
+    pair = random_pair(llama(hidden, layers), device, shared, checkpointing)
     weights = used(device) - empty
 
     reset_peak(device)
@@ -252,10 +257,10 @@ def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, dev
     optimizer = torch.optim.AdamW(parameters)
     reset_peak(device)
     for _ in range(2):  # the second time beside the optimiser's moments
-        backward(pair.senior, whole, whole.completion_mask.float(), 0.7, 8 * (prompt + new))
+        backward(pair.senior, whole, whole.completion_mask.float(), 0.7, tokens)
         optimizer.step()
     update_peak = peak(device) - empty
-    adapter, tokens = plan.adapter(), 8 * (prompt + new)
+    adapter = plan.adapter()
     found = {
         "weights": (plan.weights() + adapter / 4, weights),
         "rollout": (plan.weights() + adapter / 4 + plan.rollout(rows, prompt, new), rollout_peak),
@@ -267,7 +272,9 @@ def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, dev
 
 def report_memory(device: str) -> list[dict]:
     rows = []
-    for hidden, layers, shared, checkpointing in ((512, 16, True, False), (1024, 8, False, True), (2048, 8, True, True)):
+    shapes = [(512, 16, True, False), (1024, 8, False, True), (2048, 8, True, True)]
+    shapes += [(4096, 32, False, True)] if device == "cuda" else []
+    for hidden, layers, shared, checkpointing in shapes:
         found = in_a_process("memory_once", hidden=hidden, layers=layers, shared=shared, checkpointing=checkpointing, device=device)
         row = {"hidden": hidden, "layers": layers, "shared": shared, "checkpointing": checkpointing} | found
         rows.append(row)

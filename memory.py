@@ -45,6 +45,7 @@ def shape_of(config) -> Shape:
     """The shape of a checkpoint, from its transformers configuration alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # some versions leave it out on this device
     head = model.get_output_embeddings()
     maps = [m.weight for m in model.modules() if m is not head and type(m).__name__ in ("Linear", "Conv1D")]
     numbers = sum(parameter.numel() for parameter in model.parameters())  # tied weights count once
@@ -100,6 +101,7 @@ class Plan:
     def update(self, tokens: int, prompt: int, new: int) -> float:
         """A forward and backward pass over `tokens` tokens, padding included, of rollouts of this length."""
         shape, size = self.senior, self.size
+        tokens = max(tokens, prompt + new)  # a pass holds at least one rollout
         if self.half:  # LoRA computes in float32, and so do norms: a copy of the input of each linear map, and of two norms
             inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.wide) + 4 * (8 * shape.hidden + shape.wide)
         else:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
+import parallel
 from reinforce import backward
 from rollout import Rollouts
 
@@ -248,7 +249,7 @@ def fine_tune(model, tokenizer, pairs, *, steps: int, batch: int, micro_tokens: 
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     optimizer.zero_grad()
     batches: list[list] = []
-    for step in tqdm(range(steps), desc=label, unit="step"):
+    for step in tqdm(range(steps), desc=label, unit="step", disable=parallel.rank() > 0):
         if not batches:
             batches = _batches(examples, batch, rng)
         few = demonstrations(tokenizer, batches.pop(), model.device)

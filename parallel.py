@@ -20,13 +20,15 @@ import torch.distributed as dist
 def start(device: str) -> str:
     """Join the other processes, if torchrun started any. Returns the device of this one."""
     if "RANK" not in os.environ:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
         return device
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one of them speaks, for all its life
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
 
@@ -41,7 +43,7 @@ def world() -> int:
 def own_folder(folder: str) -> str:
     """Where this process writes: the first one in `folder`, the others in copies that are thrown away.
 
-    So each decides alike what there is to do, and none is in another's way.
+    So each decides alike what there is to do, and none is in another's way. All must see the same `folder`.
     """
     if world() == 1:
         return folder

@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--micro-tokens", type=int, default=8192, help="tokens a forward pass of the update, prompts included")
     group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute layers: less memory")
     group.add_argument("--eight-bit-adam", action=argparse.BooleanOptionalAction, default=False, help="bitsandbytes' paged 8-bit AdamW")
-    group.add_argument("--memory", type=float, help="GiB to keep to, with smaller --rollout-batch and --micro-tokens; a GPU's free memory")
+    group.add_argument("--memory", type=float, help="GiB to keep to, with a smaller --rollout-batch, --micro-tokens; else what a GPU has")
     return parser
 
 
@@ -451,15 +451,16 @@ def run_arm(run: argparse.Namespace, writers: Writers, train: list, held_out: li
     # Open in paper: the optimiser and its settings beyond the learning rate.
     optimizer = (PagedAdamW8bit if run.eight_bit_adam else torch.optim.AdamW)(parameters, lr=run.lr, weight_decay=0.0)
     optimizer.zero_grad()  # a run that was stopped may have left a gradient
-    first = restore(folder, senior, optimizer, run.device) if run.resume else 0
+    first = restore(folder, senior, optimizer) if run.resume else 0
     write_config(folder, run)
 
-    for update in tqdm(range(first, run.updates + 1), desc=f"{run.setting} {run.arm} seed {run.seed}", unit="update"):
+    bar = dict(desc=f"{run.setting} {run.arm} seed {run.seed}", unit="update", disable=parallel.rank() > 0)
+    for update in tqdm(range(first, run.updates + 1), **bar):
         row: dict = {"update": update}
         if update > 0:  # update 0 is the evaluation before training
             started = time.time()
-            prompts = run.batch // run.rollouts_per_prompt
-            batch = [problem for problem in train[(update - 1) * prompts : update * prompts] for _ in range(run.rollouts_per_prompt)]
+            n = run.batch // run.rollouts_per_prompt
+            batch = [problem for problem in train[(update - 1) * n : update * n] for _ in range(run.rollouts_per_prompt)]
 
             rollouts = writers.write(batch, 1.0 if run.solo else run.p, seed=run.seed * 10**6 + update)
             seconds_rollout = time.time() - started
@@ -563,13 +564,13 @@ def adapter_of(senior) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(senior, save_embedding_layers=False)  # "auto" would ask the hub each time
 
 
-def restore(folder: Path, senior, optimizer, device: str) -> int:
+def restore(folder: Path, senior, optimizer) -> int:
     """Load the last state, drop rows that are newer, and return the update to go on with (0 if there is none)."""
     if not (folder / "state.pt").is_file():
         for name in ("metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink(missing_ok=True)
         return 0
-    state = torch.load(folder / "state.pt", map_location=device)
+    state = torch.load(folder / "state.pt", map_location="cpu")  # from where each part goes to its parameter's device
     set_peft_model_state_dict(senior, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -645,17 +646,20 @@ def write_config(folder: Path, run: argparse.Namespace) -> None:
 def plan_memory(args: argparse.Namespace, names: list[str]) -> None:
     """Say what the runs will take, and cut --rollout-batch and --micro-tokens to what fits. Raises ValueError if nothing does."""
     tokenizers, longest = models.load_tokenizers(*names), 0
-    for run in {(run.senior_language, run.junior_language): run for run in runs_of(args)}.values():
+    for run in {(run.senior_language, run.junior_language, run.seed, run.validation): run for run in runs_of(args)}.values():
         asked = prompts(argparse.Namespace(**vars(run) | {"device": "cpu"}), tokenizers, sum(load_problems(run), []))
         longest = max([longest, *(ids.shape[1] for ids, _ in asked)])
     senior, junior = (memory.shape_of(models.load_config(name)) for name in names)
     on_gpu = args.device.startswith("cuda")
-    how = {name: getattr(args, name) for name in ("four_bit", "rank", "checkpointing", "eight_bit_adam")}
+    how = {name: getattr(args, name) for name in ("four_bit", "rank", "checkpointing")}
+    how["eight_bit_adam"] = args.eight_bit_adam and args.specialist_steps == 0  # fine-tuning has an AdamW of 32 bits
     plan = memory.Plan(senior, None if names[0] == names[1] else junior, half=on_gpu, **how)
-    budget = args.memory * memory.GIB if args.memory else torch.cuda.mem_get_info()[0] - memory.RESERVE if on_gpu else math.inf
-    at_most = min(args.rollout_batch, max(args.batch, args.eval_problems))
+    there = args.memory * memory.GIB if args.memory else torch.cuda.mem_get_info()[0] if on_gpu else math.inf
+    budget = there - memory.RESERVE * on_gpu
+    at_most = min(args.rollout_batch, math.ceil(max(args.batch, args.eval_problems) / parallel.world()))
     length = longest, args.max_new_tokens
-    args.rollout_batch, args.micro_tokens = plan.fit(budget, at_most, args.micro_tokens, *length)
+    fits = parallel.gather(plan.fit(budget, at_most, args.micro_tokens, *length))
+    args.rollout_batch, args.micro_tokens = map(min, zip(*fits))  # all processes must cut a batch alike
     print(plan.report(args.rollout_batch, args.micro_tokens, *length))
 
 
@@ -665,14 +669,15 @@ def plan_memory(args: argparse.Namespace, names: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = parse_args(argv)
-    args.device = parallel.start(args.device)
-    args.out = parallel.own_folder(args.out)
     if args.device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), 8))  # more only wait for each other on models this small
     try:
         for run in {run.setting: run for run in runs_of(args)}.values():
             load_problems(run)  # what cannot be read is best found before a model is loaded
+        # Before the processes join, if there are several: each makes the tiny base, and one is kept.
         names = [str(tiny.base_folder()) if name == "tiny" else name for name in (args.senior, args.junior)]
+        args.device = parallel.start(args.device)
+        args.out = parallel.own_folder(args.out)
         plan_memory(args, names)
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
         pieces = token_bytes(pair.senior_tokenizer, pair.vocab_size)
