@@ -229,18 +229,17 @@ def whole_rollouts(rows: int, prompt: int, new: int, vocabulary: int, device: st
 # Memory: the plan of memory.py beside what was used
 
 
-def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, device: str) -> dict:
-    """MiB of weights, rollout and update of a random pair in NF4, measured and planned. In a process of its own.
+def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, rows: int, tokens: int, prompt: int, new: int, device: str):
+    """MiB of weights, rollout and update of a random pair in NF4, measured and planned, in a process of its own.
 
-    At the size of Llama-2-7B with the chunks that the plan finds for 24 GiB.
+    `rows` rollouts at a time and updates of `tokens` tokens a pass, or what the plan finds to fit into 24 GiB.
     """
-    models.load_tokenizers(*[str(tiny.base_folder())] * 2)
     random_pair(llama(64, 1), device, shared=True)  # loads what is loaded but once
     reset_peak(device)
     shape = shape_of(llama(hidden, layers))
-    plan = Plan(shape, None if shared else shape, True, device == "cuda", 16, checkpointing, False)
-    prompt, new = (200, 256) if hidden == 4096 else (64, 96)
-    rows, tokens = plan.fit(24 * GIB - RESERVE, 152, 8192, prompt, new) if hidden == 4096 else (16, 8 * (prompt + new))
+    how = dict(four_bit=True, half=device == "cuda", rank=16, checkpointing=checkpointing, eight_bit_adam=False)
+    plan = Plan(shape, None if shared else shape, **how)
+    rows, tokens = plan.fit(24 * GIB - RESERVE, rows, tokens, prompt, new)
     empty = used(device)
     pair = random_pair(llama(hidden, layers), device, shared, checkpointing)
     weights = used(device) - empty
@@ -272,14 +271,15 @@ def memory_once(hidden: int, layers: int, shared: bool, checkpointing: bool, dev
 
 def report_memory(device: str) -> list[dict]:
     rows = []
-    shapes = [(512, 16, True, False), (1024, 8, False, True), (2048, 8, True, True)]
-    shapes += [(4096, 32, False, True)] if device == "cuda" else []
-    for hidden, layers, shared, checkpointing in shapes:
-        found = in_a_process("memory_once", hidden=hidden, layers=layers, shared=shared, checkpointing=checkpointing, device=device)
-        row = {"hidden": hidden, "layers": layers, "shared": shared, "checkpointing": checkpointing} | found
-        rows.append(row)
-        kind = f"{'one base' if shared else 'two checkpoints'}, {'with' if checkpointing else 'without'} checkpointing"
-        print(f"memory, {layers} layers of {hidden}, {kind}, planned and measured MiB: ", end="")
+    small, large = dict(rows=16, tokens=1280, prompt=64, new=96), dict(rows=152, tokens=8192, prompt=200, new=256)
+    shapes = [(512, 16, True, False, small), (1024, 8, False, True, small), (2048, 8, True, True, small)]
+    shapes += [(4096, 32, False, True, large)] if device == "cuda" else []
+    for hidden, layers, shared, checkpointing, chunks in shapes:
+        kind = {"hidden": hidden, "layers": layers, "shared": shared, "checkpointing": checkpointing}
+        found = in_a_process("memory_once", **kind, **chunks, device=device)
+        rows.append(kind | found)
+        about = f"{'one base' if shared else 'two checkpoints'}, {'with' if checkpointing else 'without'} checkpointing"
+        print(f"memory, {layers} layers of {hidden}, {about}, planned and measured MiB: ", end="")
         print(", ".join(f"{what} {found[what]['planned']:.0f} {found[what]['measured']:.0f}" for what in found))
     return rows
 

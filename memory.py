@@ -15,6 +15,7 @@ Not here: measuring (benchmark.py --only memory puts plan and measured peak side
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -124,14 +125,9 @@ class Plan:
 
         Raises ValueError where even the smallest do not fit.
         """
-        rest, all_rows, all_tokens, cuts = budget - self.weights() - self.adapter(), rows, tokens, 1
-        while rows > 1 and self.rollout(rows, prompt, new) > rest:
-            cuts += 1
-            rows = math.ceil(all_rows / cuts)
-        cuts = 1
-        while tokens > prompt + new and self.update(tokens, prompt, new) > rest:
-            cuts += 1
-            tokens = max(prompt + new, all_tokens // cuts)
+        rest = budget - self.weights() - self.adapter()
+        rows = largest_share(rows, 1, lambda rows: self.rollout(rows, prompt, new) <= rest)
+        tokens = largest_share(tokens, min(tokens, prompt + new), lambda tokens: self.update(tokens, prompt, new) <= rest)
         if max(self.rollout(rows, prompt, new), self.update(tokens, prompt, new)) > rest:
             raise ValueError(
                 f"{self.report(rows, tokens, prompt, new)}, which is more than {amount(budget)} even with one rollout at a time. "
@@ -146,6 +142,12 @@ class Plan:
             f"{rows} rollouts of {prompt} + {new} tokens {amount(self.rollout(rows, prompt, new))} "
             f"or update of {tokens} tokens a pass {amount(self.update(tokens, prompt, new))}; peak {amount(peak)}"
         )
+
+
+def largest_share(whole: int, least: int, fits: Callable[[int], bool]) -> int:
+    """What `whole` is cut into, by the fewest cuts into even parts after which one fits, or `least` where none does."""
+    shares = (math.ceil(whole / cuts) for cuts in range(1, whole + 1))
+    return max(least, next(share for share in shares if share <= least or fits(share)))
 
 
 def amount(number: float) -> str:

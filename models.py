@@ -206,7 +206,7 @@ def _check_head(model, name: str) -> None:
 def encode_prompts(tokenizer, prompts: list[str], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded (ids, mask) of B prompts, (B, P) each. A chat template has written its own start token already."""
     started = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-    return pad([tokenizer(text, add_special_tokens=not started).input_ids for text in prompts], tokenizer, "left", device)
+    return pad(tokenizer(prompts, add_special_tokens=not started).input_ids, tokenizer, "left", device)
 
 
 def pad(rows: list[list[int]], tokenizer, side: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,15 +19,14 @@ import torch.distributed as dist
 
 def start(device: str) -> str:
     """Join the other processes, if torchrun started any. Returns the device of this one."""
-    if "RANK" not in os.environ:
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)
-        return device
-    if device.startswith("cuda"):
+    several, on_gpu = "RANK" in os.environ, device.startswith("cuda")
+    if several and on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if on_gpu and ":" in device:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if dist.get_rank() > 0:
+    if several:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one of them speaks, for all its life
     return device
 

@@ -8,6 +8,7 @@
     python run_gsm8k.py --setting all --seeds 3            # everything, as in results/: about an hour a seed; --resume goes on
     python run_gsm8k.py --setting skill --preset paper     # the default on a GPU: two Llama-2-7B in 4 bits, real GSM8K
     python run_gsm8k.py --setting skill --preset smol --senior PATH --junior PATH --problems FOLDER  # your own
+    torchrun --nproc-per-node N run_gsm8k.py --setting skill --preset paper  # the same on N GPUs
 
 A *setting* is a set of arms, and an *arm* is a set of flags (SETTINGS below). All arms of a seed that share a senior's
 language start from one specialist, which writes <<48/2=24>> in its solutions; its junior does not.
