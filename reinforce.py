@@ -1,63 +1,111 @@
 """The update: REINFORCE on the senior, over text that two models wrote.
 
-Maximised, for rollouts y with reward r (West et al., 2025; c and j: appendix E):
+For rollouts y with reward r the senior maximises (West et al., 2025; c and j are from their Appendix E):
 
-    J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                   (1)
-    w(y) = 1 if r = 1 else c          m_t = 1 if the senior wrote y_t else j                          (2)
+    J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                    (1)
+    w(y) = r + c * (1 - r)               1 for a right rollout, c for a wrong one                      (2)
+    m_t  = 1 if the senior wrote y_t, else j                                                           (3)
 
-    c   wrong_weight    0: wrong rollouts are discarded (the paper's main runs); below 0: pushed away (the paper's best: -0.5 to -0.3)
-    j   junior_weight   1: the junior's tokens count in full (main runs); 0: only the senior's own tokens
-    w m                 token_weights         log pi_senior      completion_logprobs
+    symbol   variable        meaning
+    c        wrong_weight    0 discards wrong rollouts (the paper's main runs); below 0 pushes them away (its best: -0.5 to -0.3)
+    j        junior_weight   1 counts the junior's tokens in full (the paper's main runs); 0 counts only the senior's own
+    w * m    weights (B, C)            log pi_senior    logprobs (B, C)
 
-What that optimises. Under `token` and `redraw` with j = 0 and w = r, the gradient of (1) is the exact policy gradient
-of the expected team reward; under `word` it is an approximation (see tandem.py). With j = 1, the paper's choice,
-it is neither: the senior is also pulled towards what the junior wrote in rollouts that came out right. The value of
-the loss measures nothing: it is built so that its gradient is right. Watch the rewards.
+Worked example with c = -0.4 and j = 0.3. A right rollout written by senior, junior, senior has the weights 1, 0.3, 1. A
+wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4.
 
-Not here: baseline, KL term, importance ratio (none is mentioned in the paper, and each update is on-policy).
+What this optimises: with j = 0 and c = 0, and under a schedule whose coins depend only on text already written (`token`,
+`redraw`), the gradient of (1) is the exact policy gradient of the expected reward of the team. Under `word` it is an
+approximation (see tandem.py). With j = 1, the paper's choice, it is neither: the senior is also pulled towards whatever
+the junior wrote in right rollouts. The value of the loss measures nothing; it only has the right gradient. Watch the
+rewards instead.
+
+There is no baseline, KL penalty or importance ratio here: the sources that we could read mention none, and every update
+is on-policy. The training loop, with the loss expression itself, is in run_gsm8k.py.
 """
 
 import torch
 
-import parallel
-from rollout import Rollouts
+from rollout import Rollouts, trim_left
 
-# Letters: B rollouts, P prompt, C completion, H hidden width, V vocabulary, N completion tokens that are not padding.
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
+# Shapes: B rollouts, P prompt length, C completion length, V vocabulary size, H hidden width,
+# N completion tokens of the batch without padding.
+
+
+def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
+    """The weights w(y) * m_t of equation (1): (B, C), zero at padding.
+
+    rewards: (B,) in [0, 1]. A partial credit r between 0 and 1 gives a weight between c and 1. Raises ValueError for
+    rewards of another shape or range.
+    """
+    if rewards.shape != (len(rollouts),):
+        raise ValueError(f"expected one reward per rollout, shape ({len(rollouts)},), got shape {tuple(rewards.shape)}")
+    if not ((rewards >= 0) & (rewards <= 1)).all():
+        raise ValueError(f"rewards must lie in [0, 1], got {rewards.min().item()} to {rewards.max().item()}: equation (2) needs that")
+    w = rewards + wrong_weight * (1 - rewards)  # (B,), equation (2)
+    m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C), equation (3)
+    return w[:, None] * m * rollouts.completion_mask
+
+
+def plain_loss(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Minus equation (1), as a mean over the completion tokens of the batch. A scalar with a gradient.
+
+    This is the definition. It holds logits of shape (B, P+C, V), which for a large vocabulary do not fit into memory, so
+    training uses completion_logprobs below. A test holds the gradients of both equal.
+    """
+    ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits  # (B, P+C, V)
+    # The shift: the logits at position P+t-1 predict completion token t.
+    logits = logits[:, rollouts.prompt_ids.shape[1] - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))  # (B, C, V)
+    logprobs = (logits / temperature).log_softmax(-1).gather(2, rollouts.completion_ids[:, :, None])[:, :, 0]  # (B, C)
+    return -(weights * logprobs).sum() / rollouts.completion_mask.sum()
+
+
+def _model_inputs(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and completions as one sequence: ids, mask and position ids, (B, P+C) each."""
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)
+    # Padding takes no position, exactly as during sampling.
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed: skip on first reading
+#
+# Three things make the same loss affordable. The output layer runs only on completion tokens, a few at a time. Where it
+# is frozen, its gradient is computed on the way forward, so that no logits are kept. And the batch is cut into
+# micro-batches of neighbouring lengths.
+
+LOGITS_AT_ONCE = 2**24  # numbers of logits that exist at one time: 64 MB in float32
 
 
 def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
-    """log pi(y_t | x, y_<t) at the sampling temperature, (B, C); zeros at padding. Differentiable.
-
-    The trunk runs once over (B, P+C); the output layer, whose V logits a token are what fills a memory, runs only on
-    the N completion tokens, a few of them at a time.
-    """
-    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)  # (B, P+C)
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)  # (B, P+C)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position, as when sampling
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA lives inside it
+    """log pi(y_t | x, y_<t) at the sampling temperature: (B, C), zero at padding, differentiable."""
+    ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
+    # Under LoRA the causal language model lies inside a PeftModel. Its trunk is everything but the output layer.
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]
-
-    # The shift, in this one place: the state at position P+t-1 predicts completion token t.
-    prompt_length = rollouts.prompt_ids.shape[1]
-    hidden = hidden[:, prompt_length - 1 : -1]  # (B, P+C, H) -> (B, C, H)
+    # The shift, as in plain_loss.
+    hidden = hidden[:, rollouts.prompt_ids.shape[1] - 1 : -1]  # (B, P+C, H) -> (B, C, H)
     real = rollouts.completion_mask.bool()  # (B, C)
     states, targets = hidden[real], rollouts.completion_ids[real]  # (N, H), (N,)
 
     head = causal_lm.get_output_embeddings()
-    if head.weight.requires_grad:  # only where a tiny base is pretrained: its vocabulary is small
-        flat = head(states).to(torch.promote_types(states.dtype, torch.float32)).div(temperature).log_softmax(-1)
-        flat = flat.gather(1, targets[:, None])[:, 0]  # (N,)
+    if head.weight.requires_grad:
+        # Only when a tiny base is pretrained, whose vocabulary is small: autograd may keep all logits.
+        logits = head(states).to(torch.promote_types(states.dtype, torch.float32))  # (N, V)
+        flat = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]  # (N,)
     else:
-        flat = FrozenHead.apply(head, states, targets, temperature)  # (N,)
+        flat = FrozenOutputLayer.apply(head, states, targets, temperature)  # (N,)
     return torch.zeros(real.shape, dtype=flat.dtype, device=flat.device).masked_scatter(real, flat)
 
 
-class FrozenHead(torch.autograd.Function):
-    """log softmax(W h / T)[y] of a frozen output layer W, for N states h and tokens y, without keeping N * V logits.
+class FrozenOutputLayer(torch.autograd.Function):
+    """log softmax(W h / T)[y] for N states h (N, H) and tokens y (N,), with a frozen W (V, H), in memory of order N * H.
 
-    Its gradient is W^T (onehot(y) - softmax(W h / T)) / T, for which all is at hand on the way forward. So it is made
-    there, a few states at a time, and only its N * H numbers are kept: no logits, and none are computed twice.
+    The gradient with respect to h is W^T (onehot(y) - softmax(W h / T)) / T. Everything that it needs is at hand during
+    the forward pass, so it is computed there, a few states at a time, and only its N * H numbers are kept. Nothing is
+    computed twice.
     """
 
     @staticmethod
@@ -65,91 +113,51 @@ class FrozenHead(torch.autograd.Function):
         chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         logprobs, gradients = [], []
         for h, y in zip(states.split(chunk), targets[:, None].split(chunk)):
-            logits = head(h).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature)  # half precision is not enough
+            # Half precision is not enough for a sum over the vocabulary.
+            logits = head(h).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature)  # (n, V)
             all_logprobs = logits.log_softmax(-1)
-            logprobs.append(all_logprobs.gather(1, y)[:, 0])
-            difference = all_logprobs.exp_().neg_()  # onehot - softmax
-            difference.scatter_add_(1, y, torch.ones_like(y, dtype=difference.dtype))
-            gradients.append(difference.to(h.dtype) @ head.weight / temperature)
+            logprobs.append(all_logprobs.gather(1, y)[:, 0])  # (n,)
+            difference = all_logprobs.exp_().neg_()  # -softmax, (n, V)
+            difference.scatter_add_(1, y, torch.ones_like(y, dtype=difference.dtype))  # onehot - softmax
+            gradients.append(difference.to(h.dtype) @ head.weight / temperature)  # (n, H)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        (gradients,) = ctx.saved_tensors
+        (gradients,) = ctx.saved_tensors  # (N, H)
         return None, upstream[:, None].to(gradients.dtype) * gradients, None, None
 
 
-def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
-    """w(y) * m_t of equation (2): rewards (B,) in {0, 1} -> (B, C), zero at padding."""
-    if rewards.shape != (len(rollouts),):
-        raise ValueError(f"one reward a rollout: expected shape ({len(rollouts)},), got {tuple(rewards.shape)}")
-    w = torch.where(rewards == 1, 1.0, wrong_weight)[:, None]  # (B, 1)
-    m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C)
-    return w * m * rollouts.completion_mask
+def micro_batches(rollouts: Rollouts, weights: torch.Tensor, max_tokens: int) -> list[tuple[Rollouts, torch.Tensor]]:
+    """Cut a batch into parts of at most `max_tokens` tokens, padding included, or of a single rollout.
 
-
-def backward(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float, micro_tokens: int) -> float | None:
-    """Add the gradient of -J to the model's and return the loss, or None if no token has a weight.
-
-    The mean is over all N completion tokens of the batch, counted before it is cut into micro-batches of at most
-    micro_tokens tokens, so that their size changes nothing. Rollouts whose weights are all zero (the wrong ones when
-    c = 0) are counted, but not run.
-    # Open in paper: how the sum over tokens is normalised.
+    Returns (rollouts, weights) per part; the list is empty if no token has a weight. Rollouts whose weights are all zero
+    (the wrong ones where c = 0) contribute no gradient and are left out. They still count in the denominator of the loss,
+    which is why that is taken from the whole batch, before this split.
     """
-    denominator = rollouts.completion_mask.sum()
     rows = (weights != 0).any(1).nonzero()[:, 0]
-    if len(rows) == 0:
-        return None
-    total = 0.0
-    for part in micro_batches(rollouts, rows, micro_tokens)[parallel.rank() :: parallel.world()]:
-        few = select(rollouts, part)
-        logprobs = completion_logprobs(model, few, temperature)
-        loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum() / denominator  # minus equation (1)
-        loss.backward()
-        total += loss.item()
-    return _of_all_processes(model, total)
-
-
-def _of_all_processes(model, total: float) -> float:
-    """Sum loss and gradients over processes (parallel.py): each has run its share of the micro-batches."""
-    if parallel.world() == 1:
-        return total
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    loss = torch.tensor(total, dtype=torch.float64, device=trained[0].device)
-    parallel.add_up([loss, *(parameter.grad for parameter in trained)])
-    return loss.item()
-
-
-def micro_batches(rollouts: Rollouts, rows: torch.Tensor, micro_tokens: int) -> list[torch.Tensor]:
-    """Cut `rows` (n,) into parts that hold at most micro_tokens tokens each, padding included, or a single rollout."""
-    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]  # neighbours of one length waste less padding
-    lengths = zip(rows.tolist(), rollouts.prompt_mask[rows].sum(1).tolist(), rollouts.completion_mask[rows].sum(1).tolist())
+    # Neighbours of similar length waste less on padding.
+    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]
+    lengths = [mask[rows].sum(1).tolist() for mask in (rollouts.prompt_mask, rollouts.completion_mask)]
     parts: list[list[int]] = []
-    longest = (0, 0)  # prompt and completion of the last part
-    for row, prompt, completion in lengths:
-        widened = max(longest[0], prompt), max(longest[1], completion)
-        if parts and (len(parts[-1]) + 1) * sum(widened) <= micro_tokens:
+    longest_prompt = longest_completion = 0  # of the last part
+    for row, prompt, completion in zip(rows.tolist(), *lengths):
+        width = max(longest_prompt, prompt) + max(longest_completion, completion)
+        if parts and (len(parts[-1]) + 1) * width <= max_tokens:
             parts[-1].append(row)
-            longest = widened
+            longest_prompt, longest_completion = max(longest_prompt, prompt), max(longest_completion, completion)
         else:
             parts.append([row])
-            longest = prompt, completion
-    return [torch.tensor(part, device=rows.device) for part in parts]
+            longest_prompt, longest_completion = prompt, completion
+    selected = [select(rollouts, torch.tensor(part, device=rows.device)) for part in parts]
+    return [(few, weights[part, : few.completion_ids.shape[1]]) for part, few in zip(parts, selected)]
 
 
 def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:
-    """The rollouts of `rows` (n,), without the columns in which they hold only padding."""
-    first = int((rollouts.prompt_mask[rows].sum(0) > 0).long().argmax())  # prompts are padded on the left
-    length = int(rollouts.completion_mask[rows].sum(1).max())  # completions on the right
-    return Rollouts(
-        rollouts.prompt_ids[rows, first:],
-        rollouts.prompt_mask[rows, first:],
-        rollouts.completion_ids[rows, :length],
-        rollouts.completion_mask[rows, :length],
-        rollouts.senior_mask[rows, :length],
-        rollouts.logprobs[rows, :length],
-        [rollouts.texts[i] for i in rows.tolist()],
-    )
+    """The rollouts `rows` (n,), without the columns that are padding in all of them."""
+    prompt_ids, prompt_mask = trim_left(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows])
+    length = int(rollouts.completion_mask[rows].sum(1).max())
+    completions = ("completion_ids", "completion_mask", "senior_mask", "logprobs")
+    columns = {name: getattr(rollouts, name)[rows, :length] for name in completions}
+    return Rollouts(prompt_ids, prompt_mask, **columns, texts=[rollouts.texts[i] for i in rows.tolist()])

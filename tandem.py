@@ -1,48 +1,47 @@
-"""The handoff: where one writer may stop, and who writes the next token.
+"""The handoff: where may the writer change, and who writes the next token?
 
-Senior and junior write one text between them. At each boundary a coin with probability p for the senior decides who
-goes on. The default boundary is the start of a word (West et al., 2025), and a word here is what a reader would call
-one, in any script: a token opens a new word unless it continues letters, marks or digits with letters, marks or
-digits. So in `<<48/2=24>>` nearly every token may be the other writer's first. That is the pressure of tandem
-training as the paper tells it: a senior that has written `<<48/2=` often finds the rest in the hands of a junior that
-does not know the notation, and the solution fails. What the senior learns is to write nothing that it could not hand
-over. (How much of the effect is this pressure, and how much imitation of the junior: run_gsm8k.py --setting control.)
+In tandem training (West et al., 2025) a trained *senior* and a frozen, weaker *junior* write one solution together. At
+every step both models sample a candidate for the next token, each under its own prompt. One of the two is *active*, and
+its candidate is written. Whenever the active model's candidate opens a new word, a coin first decides who is active from
+here on; it names the senior with probability p. A trace with p = 0.5, token by token:
 
-Schedules, that is, when the coin is tossed:
-    token       before every token
-    word        before a token that opens a word (the default)
-    sentence    before a token that opens a sentence or a line
-    paragraph   before a token that opens a line (the paragraphs of a GSM8K solution are its lines)
-    redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
+    senior's sample   junior's sample   opens a word?   coin     written   author
+    "Tom"             "He"              yes (first)     senior   "Tom"     senior
+    "my"              " has"            no              -        "my"      senior
+    " sells"          " has"            yes             junior   " has"    junior   (" sells" is discarded)
+    " 48"             " 4"              yes             junior   " 4"      junior
+    "/"               "8"               no              -        "8"       junior
+    "/"               " clips"          yes             junior   " clips"  junior
 
-What is exact. With `token` and `redraw` the coin depends only on text that is already written, so the text comes from
-a fixed mixture of two policies and summing log pi_senior over the senior's tokens gives the exact policy gradient of
-the expected team reward. The others look at the token that the active model *would* write. If the coin then names the
-other model, that sample is thrown away although it influenced the outcome, so scoring only kept tokens is a close
-approximation (tests/test_gradients.py enumerates a small case of each).
+In row 3 the senior was active and its own sample opened a word, but the coin named the junior. Such a discarded sample
+has influenced the outcome (it triggered the coin) without being part of the text. That is why scoring only the written
+tokens gives an approximate policy gradient under the schedules `word`, `sentence` and `paragraph`. Under `token` and
+`redraw` the coin depends only on text that is already written, and the gradient is exact (tests/test_gradients.py
+enumerates a small case of each).
 
-Whether a token opens a word is read from tables over the vocabulary, built once from the bytes of each token, so that
-a step of a batch is a few lookups. Not here: sampling and caches (rollout.py).
+The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary that give the
+same answers for token ids; and the handoff for a batch. It does not sample or run models (rollout.py does).
 """
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-SCHEDULES = ("token", "word", "sentence", "paragraph", "redraw")
-SENTENCE_MARKS = ".!?…。！？"
-PROBE = "A word, 48 words"  # what a usable tokenizer can spell
-
-# Letters: B rows of the batch (one rollout each), V vocabulary, C completion.
+# Shapes: B rollouts in the batch, C completion length, V vocabulary size.
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a word is
+# The definition, on strings
 
 
 def is_word_character(character: str) -> bool:
-    """Letters, marks and digits join into words. Ideographs and kana do not: each is a word of its own."""
+    """Letters, combining marks and decimal digits join into words; everything else does not.
+
+    Ideographs and kana are letters to Unicode, but each of them counts as a word of its own, because Chinese and Japanese
+    are written without spaces.
+    """
     category = unicodedata.category(character)
     if category[0] not in "LM" and category != "Nd":
         return False
@@ -53,9 +52,14 @@ def is_word_character(character: str) -> bool:
 def opens_word(before: str, piece: str) -> bool:
     """Whether the token that reads `piece` opens a new word after the text `before`.
 
-    True for the first token and for the end of the sequence (an empty piece). False after a character of which only
-    some bytes are written, which decodes to U+FFFD: nobody can take over inside a character.
+    The first token opens a word, and so does the end of the sequence (an empty piece). A token that continues letters,
+    marks or digits with letters, marks or digits does not. Neither does a token after an incomplete UTF-8 character,
+    which decodes to U+FFFD: the writer cannot change in the middle of a character.
+
+    >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/"), opens_word("/", "2")
+    (True, False, True, True)
     """
+    # Open in paper: the exact word-boundary rule.
     if not before:
         return True
     if before[-1] == "\ufffd":
@@ -63,170 +67,256 @@ def opens_word(before: str, piece: str) -> bool:
     return not (piece and is_word_character(before[-1]) and is_word_character(piece[0]))
 
 
+def next_token(before: str, active: str | None, senior_sample: str, junior_sample: str, coin: str) -> tuple[str, str]:
+    """One step of the word schedule: returns the text that is written and its author, who is then the active model.
+
+    `active` is the author of the last token, or None before the first. `coin` is the name that the coin would show; it
+    counts only if the active model's sample opens a word. The trace in the docstring of this file:
+
+    >>> steps = [("Tom", "He", "senior"), ("my", " has", "junior"), (" sells", " has", "junior"),
+    ...          (" 48", " 4", "junior"), ("/", "8", "senior"), ("/", " clips", "junior")]
+    >>> text, author = "", None
+    >>> for senior_sample, junior_sample, coin in steps:
+    ...     written, author = next_token(text, author, senior_sample, junior_sample, coin)
+    ...     text += written
+    ...     print(author, repr(text))
+    senior 'Tom'
+    senior 'Tommy'
+    junior 'Tommy has'
+    junior 'Tommy has 4'
+    junior 'Tommy has 48'
+    junior 'Tommy has 48 clips'
+    """
+    samples = {"senior": senior_sample, "junior": junior_sample}
+    # Open in paper: who writes the first token. A coin decides, as at every other boundary.
+    if active is None or opens_word(before, samples[active]):
+        active = coin
+    return samples[active], active
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The same rule as tables over the vocabulary
+#
+# A batch cannot decode strings at every step. Whether a token opens a word depends only on the character that it begins
+# with and on the character that the text ends in, so a few boolean tables with one entry per token, built once, are
+# enough: a step is then a handful of table lookups on the device.
 
 
 @dataclass
-class Boundaries:
-    """What the schedules need to know of each token: tables of shape (V,), boolean except `lacks`."""
+class BoundaryTables:
+    """What the schedules need to know about each token: tensors of shape (V,), boolean except `missing_bytes`."""
 
     starts_word: torch.Tensor  # its first character is a word character
-    ends_word: torch.Tensor  # its last character is one
-    continues: torch.Tensor  # it holds only later bytes of a character that an earlier token began
-    lacks: torch.Tensor  # how many bytes its last character still lacks (if it continues: minus the bytes it adds)
-    leading_space: torch.Tensor  # it begins with a space, as in " sold"
-    starts_blank: torch.Tensor  # it begins with white space
-    ends_blank: torch.Tensor  # it ends in white space, or in a sentence mark that needs none after it
-    blank: torch.Tensor  # it is white space throughout
-    ends_line: torch.Tensor  # a line break stands in the white space at its end
-    ends_sentence: torch.Tensor  # the same, or a sentence mark before that white space
+    ends_word: torch.Tensor  # its last character is a word character
+    continues_character: torch.Tensor  # it only holds later bytes of a character that an earlier token began
+    missing_bytes: torch.Tensor  # bytes that its last character still needs; if it continues one: minus the bytes it adds
+    starts_space: torch.Tensor  # it begins with a space, as " sold" does
+    starts_blank: torch.Tensor  # it begins with white space of any kind, or is a special token
+    ends_blank: torch.Tensor  # it ends in white space, or in a full-width sentence mark, which needs none after it
+    is_blank: torch.Tensor  # it consists of white space
+    ends_line: torch.Tensor  # there is a line break in the white space at its end
+    ends_sentence: torch.Tensor  # the same, or there is a sentence mark before that white space
 
-    def to(self, device: torch.device | str) -> "Boundaries":
-        return Boundaries(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device | str) -> "BoundaryTables":
+        return BoundaryTables(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
-    """The bytes that each of the `vocab_size` ids of the logits writes; empty for special tokens and unused ids.
+    """The bytes that each id writes: a list of length V (`vocab_size`, the width of the logits).
 
-    Reads the two spellings in use: byte-level BPE (GPT-2, Llama 3, Qwen), where each byte is one printable character,
-    and SentencePiece (Llama 2), where "▁" is a space and "<0xE4>" a byte. Raises ValueError where neither spells a
-    probe text: without the spaces there are no word boundaries.
+    Special tokens and ids without a token write nothing. Two spellings are understood: byte-level BPE (GPT-2, Llama 3,
+    Qwen), in which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is a space and
+    "<0xE4>" a single byte. Raises ValueError if neither spells a short test sentence: without spaces there are no words.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
-    special = set(tokenizer.all_special_ids)
-    printable = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
+    special_ids = set(tokenizer.all_special_ids)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    is_sentencepiece = any(token.startswith("▁") for token in tokens if token)
 
-    def spell(piece: str | None) -> bytes:
-        if sentencepiece and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:-1], 16)])
-        if sentencepiece or any(character not in printable for character in piece):  # the latter: an added token
-            return piece.replace("▁", " ").encode()
-        return bytes(printable[character] for character in piece)
+    def spell(token: str) -> bytes:
+        if is_sentencepiece and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:-1], 16)])
+        # A token that was added by hand is plain text, even in a byte-level vocabulary.
+        if is_sentencepiece or any(character not in byte_of for character in token):
+            return token.replace("▁", " ").encode()
+        return bytes(byte_of[character] for character in token)
 
-    sentencepiece = any(piece.startswith("▁") for piece in pieces if piece)
-    table = [b"" if piece is None or i in special else spell(piece) for i, piece in enumerate(pieces)]
-    table += [b""] * (vocab_size - len(table))
-    ids = tokenizer(PROBE, add_special_tokens=False).input_ids
-    if b"".join(table[i] for i in ids).strip() != PROBE.encode():
+    pieces = [b"" if token is None or i in special_ids else spell(token) for i, token in enumerate(tokens)]
+    pieces += [b""] * (vocab_size - len(pieces))
+
+    # The test sentence: tokenize, spell, compare.
+    sentence = "A word, 48 words"
+    ids = tokenizer(sentence, add_special_tokens=False).input_ids
+    if b"".join(pieces[i] for i in ids).strip() != sentence.encode():
         raise ValueError(
             f"no word boundaries can be derived from {type(tokenizer).__name__} ({tokenizer.name_or_path}): its tokens "
             "do not spell their spaces. Use a model with a byte-level BPE or SentencePiece tokenizer."
         )
-    return table
+    return pieces
 
 
-def build_boundaries(pieces: list[bytes]) -> Boundaries:
-    """The tables for the bytes of each token (see token_bytes)."""
-    columns = zip(*[_describe(piece) for piece in pieces])
-    return Boundaries(*[torch.tensor(column) for column in columns])
+def build_tables(pieces: list[bytes]) -> BoundaryTables:
+    """The boundary tables of a vocabulary, given the bytes of each token (see token_bytes)."""
+    rows = [_table_row(piece) for piece in pieces]
+    return BoundaryTables(**{field.name: torch.tensor([row[field.name] for row in rows]) for field in fields(BoundaryTables)})
 
 
-def _describe(piece: bytes) -> tuple:
-    """The row of the tables for one token, in the order of the fields of Boundaries.
-
-    A special token, which writes no bytes, stands between words and opens whatever comes next.
-    """
-    text, continues, lacks = _text_of(piece)
+def _table_row(piece: bytes) -> dict[str, bool | int]:
+    """The entries of one token. A special token, which writes no bytes, counts as a boundary on both sides."""
+    text, continues_character, missing_bytes = _decode_piece(piece)
     stripped = text.rstrip()
-    tail = text[len(stripped) :]
-    return (
-        not opens_word("a", text),
-        bool(text) and not opens_word(text, "a"),
-        continues,
-        lacks,
-        text.startswith(" "),
-        text[:1].isspace() or not piece,
-        text[-1:].isspace() or text[-1:] in tuple("。！？"),
-        bool(text) and not stripped,
-        "\n" in tail,
-        "\n" in tail or stripped[-1:] in tuple(SENTENCE_MARKS),
-    )
+    trailing_space = text[len(stripped) :]
+    return {
+        "starts_word": not opens_word("a", text),
+        "ends_word": bool(text) and not opens_word(text, "a"),
+        "continues_character": continues_character,
+        "missing_bytes": missing_bytes,
+        "starts_space": text.startswith(" "),
+        "starts_blank": text[:1].isspace() or not piece,
+        "ends_blank": text[-1:].isspace() or text[-1:] in ("。", "！", "？"),
+        "is_blank": bool(text) and not stripped,
+        "ends_line": "\n" in trailing_space,
+        "ends_sentence": "\n" in trailing_space or stripped[-1:] in tuple(".!?…。！？"),
+    }
 
 
-def _text_of(piece: bytes) -> tuple[str, bool, int]:
-    """(text, continues, lacks) of one token. A character that is only begun reads as a neighbour with the same lead.
+def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
+    """One token as (text, continues_character, missing_bytes), although a token need not be valid UTF-8.
 
-    The lead bytes tell a letter from an ideograph except for a few symbols (× has the lead of é), so the guess matters
-    only where a tokenizer splits such a character.
+    An incomplete character at the end is classified by its lead byte: it is completed with arbitrary continuation bytes.
+    Lead bytes tell letters from ideographs except for a few symbols (× has the same lead as é), so the guess is wrong only
+    where a tokenizer splits such a symbol.
     """
-    own = piece.lstrip(bytes(range(0x80, 0xC0)))  # without what completes an earlier token's character
+    # Leading continuation bytes (0x80 to 0xBF) complete the character of an earlier token.
+    own = piece.lstrip(bytes(range(0x80, 0xC0)))
     if piece and not own:
         return "", True, -len(piece)
+    # The lead byte of the last multi-byte character says how many bytes the character has in all.
     lead = max((i for i, byte in enumerate(own) if byte >= 0xC0), default=None)
-    need = 0 if lead is None else {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[own[lead] >> 4]
-    lacks = 0 if lead is None else max(0, need - (len(own) - lead))
+    length = 0 if lead is None else {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[own[lead] >> 4]
+    missing = 0 if lead is None else max(0, length - (len(own) - lead))
     for filler in (b"\xa0", b"\x80", b"\x90"):
         try:
-            return (own + filler * lacks).decode(), False, lacks
+            return (own + filler * missing).decode(), False, missing
         except UnicodeDecodeError:
             continue
     return own.decode(errors="replace"), False, 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Who writes the next token
+# Schedules: when is a coin tossed?
+#
+# One function per schedule. It receives the state of the handoff and the active model's samples (B,), and returns a
+# boolean tensor (B,): is a coin tossed before this token? To add a schedule, write such a function and name it in
+# SCHEDULES; the command line, the runner's granularity setting and its figure read that dictionary.
+
+
+def before_every_token(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(state.senior_active)
+
+
+def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """opens_word as a lookup."""
+    joins_word = state.after_word_character & state.tables.starts_word[samples]  # (B,)
+    return ~joins_word & (state.missing_bytes == 0)
+
+
+def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """A sentence mark ends a sentence only if white space follows, so "3.5" does not end one. A line break always does."""
+    return state.sentence_over & _follows_blank(state, samples)
+
+
+def before_a_line(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """The paragraphs of a GSM8K solution are its lines."""
+    return state.line_over & _follows_blank(state, samples)
+
+
+def after_a_space(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """Tandem RL (Jiao et al., 2026): redraw after a token that begins with a space, or `max_gap` tokens after the last redraw."""
+    return state.after_space | (state.since_toss >= state.max_gap)
+
+
+def _follows_blank(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """Whether the sample is text (not only white space) with white space before it. Needed to start a sentence or line."""
+    return ~state.tables.is_blank[samples] & (state.after_blank | state.tables.starts_blank[samples])
+
+
+SCHEDULES: dict[str, Callable[["Handoff", torch.Tensor], torch.Tensor]] = {
+    "token": before_every_token,
+    "word": before_a_word,  # the default, and the paper's
+    "sentence": before_a_sentence,
+    "paragraph": before_a_line,
+    "redraw": after_a_space,
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The handoff for a batch
 
 
 class Handoff:
-    """The state of one batch of rollouts: who is active, and what the text so far ends in.
+    """The state of B rollouts that are being written: who is active in each, and what its text ends in.
 
-    coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and names the senior
-    where it is below p. They come from a generator of their own, so that p = 1 samples exactly as the senior alone
-    does.
+    coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and names the senior where
+    it is below p. The coins have a random generator of their own, so that p = 1 gives exactly the senior's solo rollouts.
+    Raises ValueError for an unknown schedule or a p outside [0, 1].
     """
 
-    def __init__(self, boundaries: Boundaries, schedule: str, p: float, coins: torch.Tensor, max_gap: int = 32):
+    def __init__(self, tables: BoundaryTables, schedule: str, p: float, coins: torch.Tensor, max_gap: int = 32):
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown handoff schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p is the probability that a coin names the senior and lies in [0, 1], got {p}")
-        self.boundaries, self.schedule, self.max_gap = boundaries, schedule, max_gap
-        self.names_senior = coins < p  # (C, B)
         batch, device = coins.shape[1], coins.device
-        false, zero = torch.zeros(batch, dtype=torch.bool, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+        self.tables, self.needs_toss, self.max_gap = tables, SCHEDULES[schedule], max_gap
+        self.coin_names_senior = coins < p  # (C, B)
+
+        # All tensors below have shape (B,).
+        no, zero = torch.zeros(batch, dtype=torch.bool, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         self.rows = torch.arange(batch, device=device)  # which rollouts are still in the batch
-        self.tosses = zero  # how many coins each has used
-        self.senior_active = false
-        self.due = ~false  # a toss is due whatever is sampled; so it is at the start
-        self.in_word, self.after_blank, self.unit_over = false, false, false
-        self.lacks, self.since_toss = zero, zero
+        self.senior_active = no
+        self.num_tosses, self.since_toss = zero, zero  # coins used so far; tokens written since the last one
+        self.at_start = ~no
+        # What the text ends in:
+        self.after_word_character, self.missing_bytes = no, zero
+        self.after_space, self.after_blank = no, no  # the last token began with a space; the text ends in white space
+        self.sentence_over, self.line_over = no, no  # it ends in a sentence mark or line break, perhaps with space after it
 
     def choose(self, senior_ids: torch.Tensor, junior_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decide on the next token. Both models have sampled one, (B,) each; returns (ids written, senior wrote it)."""
-        own = torch.where(self.senior_active, senior_ids, junior_ids)  # the active model's sample
-        toss = self.due | self._opens(own)
-        coin = self.names_senior[self.tosses, self.rows]
+        """Decide on the next token. Both models have sampled a candidate, (B,) each.
+
+        Returns the ids that are written, (B,), and whether the senior wrote them, (B,) boolean. This is next_token for a
+        batch and for any schedule.
+        """
+        # 1. Does the active model's own candidate call for a coin? At the start there is no active model yet.
+        active_ids = torch.where(self.senior_active, senior_ids, junior_ids)
+        toss = self.at_start | self.needs_toss(self, active_ids)
+        # 2. If so, the next unused coin of the row names the writer.
+        coin = self.coin_names_senior[self.num_tosses, self.rows]
         self.senior_active = torch.where(toss, coin, self.senior_active)
-        self.tosses = self.tosses + toss
+        self.num_tosses = self.num_tosses + toss
         self.since_toss = torch.where(toss, 0, self.since_toss)
+        # 3. The active model's candidate is written; the other one is discarded.
         written = torch.where(self.senior_active, senior_ids, junior_ids)
-        self._advance(written)
+        self._record(written)
         return written, self.senior_active
 
-    def _opens(self, own: torch.Tensor) -> torch.Tensor:
-        """Whether the active model's sample (B,) opens a unit of the schedule, and so calls for a toss."""
-        table = self.boundaries
-        if self.schedule == "word":  # opens_word, as a lookup
-            return ~(self.in_word & table.starts_word[own]) & (self.lacks == 0)
-        if self.schedule in ("sentence", "paragraph"):
-            return self.unit_over & ~table.blank[own] & (self.after_blank | table.starts_blank[own])
-        return torch.full_like(self.senior_active, self.schedule == "token")
-
-    def _advance(self, written: torch.Tensor) -> None:
-        """Take note of what was written (B,)."""
-        table = self.boundaries
-        continues = table.continues[written]
-        self.in_word = torch.where(continues, self.in_word, table.ends_word[written])
-        self.lacks = (table.lacks[written] + torch.where(continues, self.lacks, 0)).clamp(min=0)
-        self.after_blank = table.ends_blank[written]
-        ends_unit = table.ends_line if self.schedule == "paragraph" else table.ends_sentence
-        self.unit_over = ends_unit[written] | (self.unit_over & table.blank[written])
+    def _record(self, written: torch.Tensor) -> None:
+        """Update what the text ends in after the tokens `written` (B,)."""
+        tables = self.tables
+        continues = tables.continues_character[written]
+        # A token that only completes a character leaves its class as the character's lead byte has decided it.
+        self.after_word_character = torch.where(continues, self.after_word_character, tables.ends_word[written])
+        self.missing_bytes = (tables.missing_bytes[written] + torch.where(continues, self.missing_bytes, 0)).clamp(min=0)
+        self.after_space, self.after_blank = tables.starts_space[written], tables.ends_blank[written]
+        # White space after the end of a sentence or line does not begin a new one.
+        is_blank = tables.is_blank[written]
+        self.sentence_over = tables.ends_sentence[written] | (self.sentence_over & is_blank)
+        self.line_over = tables.ends_line[written] | (self.line_over & is_blank)
         self.since_toss = self.since_toss + 1
-        due = table.leading_space[written] | (self.since_toss >= self.max_gap)
-        self.due = due if self.schedule == "redraw" else torch.zeros_like(due)
+        self.at_start = torch.zeros_like(self.at_start)
 
-    def keep(self, index: torch.Tensor) -> None:
-        """Drop all rows but `index`: the others have ended."""
-        for name in ("rows", "tosses", "senior_active", "due", "in_word", "after_blank", "unit_over", "lacks", "since_toss"):
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Keep only the rows `index`; the other rollouts are finished."""
+        per_row = (name for name, value in vars(self).items() if isinstance(value, torch.Tensor) and value.dim() == 1)
+        for name in list(per_row):
             setattr(self, name, getattr(self, name)[index])

@@ -1,15 +1,20 @@
 """Random tiny models. initializer_range=0.3 makes their distributions sharp enough for a mistake to show."""
 
+# ruff: noqa: I001  the order of these imports matters
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test waits for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, so that no test waits for a network
 
+import lab  # noqa: F401  before torch: it sets how threads wait
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(2)
+from rollout import Pair, random_numbers, rollout
+from tandem import build_tables, token_bytes
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))  # models this small do not profit from more
 TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n", "In 48/2 = <<48/2=24>>24 days! She sold half as many.\n"] * 4
 
 
@@ -84,3 +89,23 @@ def base_folder(tokenizer, tmp_path_factory):
     llama(len(tokenizer), seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def make_pair(senior, junior, tokenizer, end_ids=(1,)) -> Pair:
+    """Two models over the tokenizer's vocabulary, as rollout.py takes them."""
+    pieces = token_bytes(tokenizer, len(tokenizer))
+    return Pair(senior, junior, tokenizer, tokenizer, list(end_ids), pieces, build_tables(pieces))
+
+
+def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def write(senior, junior, prompts, tokenizer, end_ids=(1,), max_new_tokens=14, **options):
+    """Rollouts of two models, with the random numbers of seed 2. prompts: token ids, a list for each of the two."""
+    settings = dict(p=0.5, schedule="word", temperature=1.3) | options
+    pair = make_pair(senior, junior, tokenizer, end_ids)
+    return rollout(pair, left_pad(prompts[0]), left_pad(prompts[1]), *random_numbers(len(prompts[0]), max_new_tokens, seed=2), **settings)

@@ -13,7 +13,7 @@ import torch
 
 from reinforce import token_weights
 from rollout import Rollouts
-from tandem import Handoff, build_boundaries
+from tandem import Handoff, build_tables
 
 V, STEPS = 3, 3
 PIECES = [b"a", b"b", b" c"]
@@ -31,7 +31,7 @@ def history(tokens: torch.Tensor) -> torch.Tensor:
 def walk(schedule: str, theta: torch.Tensor, phi: torch.Tensor, p: float = 0.5):
     """All paths under a schedule: their probability (differentiable in theta), texts, authors, and log pi_senior."""
     coins = torch.where(PATHS[:, :, 2] == 1, 0.0, 0.9).T  # (STEPS, paths): below p names the senior
-    handoff = Handoff(build_boundaries(PIECES), schedule, p, coins)
+    handoff = Handoff(build_tables(PIECES), schedule, p, coins)
     probability = torch.full((len(PATHS),), 1.0, dtype=torch.float64)
     tokens, by_senior, logprobs, thrown = torch.zeros(len(PATHS), 0, dtype=torch.long), [], [], []
     for t in range(STEPS):

@@ -1,27 +1,33 @@
-"""The plan counts what a model has, and finds the fewest chunks that fit."""
+"""The plan counts the parameters that a model has, and finds the fewest even parts that fit."""
+
+import argparse
+import re
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
 
 from conftest import gpt2, llama
-from memory import GIB, Plan, Shape, shape_of
+from lab.memory import GIB, Plan, Shape, fit_to_memory, shape_of
 
-# Llama-2-7B, by hand: 32 layers of 4 * 4096^2 + 3 * 4096 * 11008; LoRA adds in + out for each of the 7 maps
+# Llama-2-7B by hand: 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 parameters. LoRA adds in + out for each of the 7 linear layers.
 LLAMA_2 = Shape(
     linear=32 * (4 * 4096**2 + 3 * 4096 * 11008),
     other=2 * 32000 * 4096 + 65 * 4096,
     lora=32 * (4 * 8192 + 3 * 15104),
     layers=32,
     hidden=4096,
-    wide=11008,
+    feed_forward=11008,
     kv=8192,
     largest=4096 * 11008,
     vocab_size=32000,
 )
 
 
-def pair(junior=None, **options) -> Plan:
-    return Plan(LLAMA_2, junior, **dict(four_bit=True, half=True, rank=16, checkpointing=True, eight_bit_adam=True) | options)
+def plan_for(junior: Shape | None = None, **options) -> Plan:
+    """A plan for Llama-2-7B as senior; without a junior, on a shared base."""
+    defaults = dict(four_bit=True, half_precision=True, rank=16, checkpointing=True, eight_bit_adam=True)
+    return Plan(LLAMA_2, junior, **defaults | options)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -35,34 +41,74 @@ def test_shapes_are_those_of_the_models(make):
 
 
 def test_llama_2_from_its_configuration():
-    from transformers import LlamaConfig  # its defaults are those of Llama 2 7B
-
+    # The defaults of LlamaConfig are those of Llama-2-7B.
     assert shape_of(LlamaConfig()) == LLAMA_2
 
 
-def test_two_checkpoints_weigh_twice_as_much():
-    assert pair(LLAMA_2).weights() == 2 * pair().weights()
-    assert 3 * GIB < pair().weights() < 4 * GIB  # 6.5 billion half bytes and 0.26 billion of two bytes
-    assert pair(four_bit=False).weights() == 2 * (LLAMA_2.linear + LLAMA_2.other)
+def test_two_checkpoints_need_twice_the_weights():
+    assert plan_for(LLAMA_2).weights() == 2 * plan_for().weights()
+    # 6.5 billion parameters of half a byte and 0.26 billion of two bytes.
+    assert 3 * GIB < plan_for().weights() < 4 * GIB
+    assert plan_for(four_bit=False).weights() == 2 * (LLAMA_2.linear + LLAMA_2.other)
 
 
-def test_each_saving_saves():
-    whole = pair(checkpointing=False, eight_bit_adam=False)
-    assert pair(eight_bit_adam=False).update(8192, 200, 256) < 0.3 * whole.update(8192, 200, 256)
-    assert pair().adapter() < whole.adapter()
+def test_checkpointing_and_eight_bit_adam_save_memory():
+    neither = plan_for(checkpointing=False, eight_bit_adam=False)
+    assert plan_for(eight_bit_adam=False).update(8192, 200, 256) < 0.3 * neither.update(8192, 200, 256)
+    assert plan_for().adapter() < neither.adapter()
 
 
 @pytest.mark.parametrize("gib", [8, 12, 16, 24, 80])
-def test_the_fewest_chunks_that_fit(gib):
-    plan, budget = pair(), gib * GIB
-    rows, tokens = plan.fit(budget, 152, 8192, 200, 256)
-    assert plan.peak(rows, tokens, 200, 256) <= budget
-    if rows < 152:
-        fewer = -(-152 // (-(-152 // rows) - 1))
-        assert plan.peak(fewer, tokens, 200, 256) > budget
-    assert (rows, tokens) == (152, 8192) if gib == 80 else rows < 152
+def test_the_fewest_parts_that_fit(gib):
+    plan, budget = plan_for(), gib * GIB
+    rollout_batch, micro_tokens = plan.fit(budget, 152, 8192, 200, 256)
+    assert plan.peak(rollout_batch, micro_tokens, 200, 256) <= budget
+    if rollout_batch < 152:
+        parts = -(-152 // rollout_batch)
+        one_part_less = -(-152 // (parts - 1))
+        assert plan.peak(one_part_less, micro_tokens, 200, 256) > budget
+    assert (rollout_batch, micro_tokens) == (152, 8192) if gib == 80 else rollout_batch < 152
 
 
 def test_what_cannot_fit_is_refused():
-    with pytest.raises(ValueError, match=r"weights 7.2 GiB.*more than 7\.0 GiB.*--four-bit"):
-        pair(LLAMA_2).fit(7 * GIB, 152, 8192, 200, 256)
+    with pytest.raises(ValueError, match=r"weights 7.2 GiB.*more than the budget of 7\.0 GiB.*--four-bit"):
+        plan_for(LLAMA_2).fit(7 * GIB, 152, 8192, 200, 256)
+
+
+def flags(**changes) -> argparse.Namespace:
+    """The flags that fit_to_memory reads."""
+    defaults = dict(device="cpu", memory=None, four_bit=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0)
+    batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, max_new_tokens=112)
+    return argparse.Namespace(**defaults | batches | changes)
+
+
+def test_without_a_budget_only_the_rollout_batch_is_cut_to_what_is_ever_written_at_one_time(base_folder, capsys):
+    args = flags()
+    fit_to_memory(args, base_folder, base_folder, longest_prompt=48)
+    assert (args.rollout_batch, args.micro_tokens) == (200, 2048)
+    assert re.match(r"memory plan: .*, 200 rollouts of 48 \+ 112 tokens .*; peak \d+ MiB\n$", capsys.readouterr().out)
+
+
+def test_batches_are_cut_to_the_budget(base_folder):
+    args = flags(memory=8 / 1024)
+    fit_to_memory(args, base_folder, base_folder, longest_prompt=48)
+    assert 1 <= args.rollout_batch < 200
+    assert 160 <= args.micro_tokens < 2048
+    shape = shape_of(LlamaConfig.from_pretrained(base_folder))
+    plan = Plan(shape, None, four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
+    assert plan.peak(args.rollout_batch, args.micro_tokens, 48, 112) <= 8 * 2**20
+
+
+def test_a_run_that_cannot_fit_is_refused(base_folder):
+    with pytest.raises(ValueError, match="more than the budget of 1 MiB"):
+        fit_to_memory(flags(memory=1 / 1024), base_folder, base_folder, longest_prompt=48)
+
+
+def test_the_weights_of_a_second_checkpoint_are_counted(base_folder, tmp_path, capsys):
+    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=320)
+    config.save_pretrained(tmp_path)
+    for junior in (base_folder, str(tmp_path)):
+        fit_to_memory(flags(), base_folder, junior, longest_prompt=48)
+    shared, separate = (int(size) for size in re.findall(r"weights (\d+) MiB", capsys.readouterr().out))
+    # 10.5 million parameters in linear layers and 0.3 million in others, of 4 bytes each.
+    assert separate - shared == pytest.approx(41.3, abs=1)

@@ -1,7 +1,7 @@
 import pytest
 
+from lab.problems import LANGUAGES, generate, plain
 from metrics import count_handoffs, has_jargon, language_of, summarise, wilson_interval
-from problems import LANGUAGES, generate, plain
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_summary_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("stretches", "handoffs", "inside"),
+    ("spans", "handoffs", "inside"),
     [
         ("She sells 5: |12-5=<<12-5=7>>7.", 1, 0),  # before the expression
         ("She sells 5: 12-|5=<<12-5=7>>7.", 1, 1),
@@ -67,7 +67,7 @@ def test_summary_by_hand():
         ("no handoff", 0, 0),
     ],
 )
-def test_handoffs_inside_expressions(stretches, handoffs, inside):
-    cut = [("senior" if i % 2 == 0 else "junior", text) for i, text in enumerate(stretches.split("|"))]
+def test_handoffs_inside_expressions(spans, handoffs, inside):
+    cut = [("senior" if i % 2 == 0 else "junior", text) for i, text in enumerate(spans.split("|"))]
     assert count_handoffs([cut]) == {"handoffs": handoffs, "handoffs_inside": inside}
     assert count_handoffs([cut, [("senior", "1+1")]]) == {"handoffs": handoffs / 2, "handoffs_inside": inside / 2}

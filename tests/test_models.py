@@ -1,5 +1,7 @@
 """The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -7,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
-from models import SharedJunior, demonstrations, encode_examples, encode_prompts, fine_tune, load_pair, load_tokenizers, reset_adapter
-from reinforce import backward
+from lab.models import SharedJunior, encode_prompts, load_pair, load_tokenizers, reset_adapter
+from lab.specialist import as_rollouts, encode_examples, fine_tune
+from reinforce import plain_loss
 from rollout import random_numbers, rollout
-from tandem import build_boundaries, token_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -59,7 +61,7 @@ def test_experts_are_refused(base_folder):
     """A mixture of experts gives its layers a flat list of tokens, in which a half is not the senior's rows."""
     pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
     layer = next(module for module in pair.senior.modules() if isinstance(module, LoraLayer))
-    pair.junior.share = 0.5
+    pair.junior.adapted_fraction = 0.5
     with pytest.raises(ValueError, match=r"shape \(6, 64\).*experts are not supported"):
         layer(torch.zeros(6, 64))
 
@@ -72,10 +74,9 @@ def test_rollouts_of_one_pass_and_of_two(base_folder):
     tokenizer = pair.senior_tokenizer
     senior_prompts = encode_prompts(tokenizer, ["In", "Natalia sold 48", "She"], "cpu")
     junior_prompts = encode_prompts(tokenizer, ["days", "sold half as many. She", "48/2 ="], "cpu")
-    boundaries = build_boundaries(token_bytes(tokenizer, pair.vocab_size))
 
     def write(junior):
-        return rollout(pair.senior, junior, senior_prompts, junior_prompts, tokenizer, [1], boundaries, *random_numbers(3, 20, seed=1))
+        return rollout(replace(pair, junior=junior), senior_prompts, junior_prompts, *random_numbers(3, 20, seed=1))
 
     stacked, apart = write(pair.junior), write(lambda **inputs: pair.junior(**inputs))
     assert torch.equal(stacked.completion_ids, apart.completion_ids)
@@ -93,8 +94,8 @@ def test_checkpointing_changes_no_gradient(base_folder, four_bit):
         move_adapter(pair)
         calls, layer = [], pair.senior.get_base_model().model.layers[0].input_layernorm
         layer.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
-        few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
-        backward(pair.senior, few, few.completion_mask.float(), 0.7, 100)
+        few = as_rollouts(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        plain_loss(pair.senior, few, few.completion_mask.float(), 0.7).backward()
         assert len(calls) == 1 + checkpointing
         gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
     assert torch.allclose(*gradients, atol=1e-6)
@@ -119,8 +120,8 @@ def test_gradients_in_four_bits(base_folder):
                 layer.weight.data = weight
         with torch.no_grad():
             pair.junior.beside_senior(input_ids=IDS.repeat(2, 1))
-        few = demonstrations(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
-        backward(pair.senior, few, few.completion_mask.float(), 0.7, 100)
+        few = as_rollouts(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        plain_loss(pair.senior, few, few.completion_mask.float(), 0.7).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
     assert torch.allclose(*gradients, atol=1e-4)
     assert gradients[0].norm() > 0.1
@@ -149,7 +150,7 @@ def test_a_token_beyond_the_logits_is_no_difference(base_folder, tokenizer, tmp_
     padded.add_tokens(["<extra>"])
     padded.save_pretrained(tmp_path)
     pair = load_pair(base_folder, str(tmp_path), rank=4, four_bit=False, device="cpu")
-    assert pair.vocab_size == len(tokenizer) == len(pair.junior_tokenizer) - 1
+    assert len(pair.pieces) == len(tokenizer) == len(pair.junior_tokenizer) - 1
     assert pair.end_ids == [tokenizer.eos_token_id]
 
 

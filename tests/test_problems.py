@@ -3,8 +3,8 @@ import re
 
 import pytest
 
+from lab.problems import ANNOTATION, EXAMPLES, INSTRUCTIONS, LANGUAGES, chat_prompt, demonstrations, generate, load_gsm8k, plain, prompt
 from metrics import has_jargon, language_of
-from problems import ANNOTATION, EXAMPLES, INSTRUCTIONS, LANGUAGES, chat_prompt, demonstrations, generate, load_gsm8k, plain, prompt
 from reward import reward
 
 EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")

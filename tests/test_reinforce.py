@@ -7,7 +7,7 @@ import torch
 
 import reinforce
 from conftest import llama
-from reinforce import backward, completion_logprobs, micro_batches, select, token_weights
+from reinforce import completion_logprobs, micro_batches, plain_loss, select, token_weights
 from rollout import Rollouts
 
 
@@ -19,13 +19,18 @@ def make_rollouts(vocab: int, seed: int = 0) -> Rollouts:
     prompt_mask = (torch.arange(6) >= torch.tensor([[5], [3], [4], [1], [2]])).long()
     completion_mask = (torch.arange(9) < torch.tensor([[2], [7], [4], [3], [5]])).long()
     senior_mask = torch.randint(0, 2, (5, 9), generator=generator) * completion_mask
-    return Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), [""] * 5)
+    return Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), list("01234"))
 
 
 def gradients(model, rollouts, weights, temperature=0.7, micro_tokens=1000):
+    """(loss, gradient) by micro-batches, as the training loop makes them; test_runner.py holds the loop itself to plain_loss."""
     model.zero_grad()
-    loss = backward(model, rollouts, weights, temperature, micro_tokens)
-    return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    loss = 0.0
+    for part, part_weights in micro_batches(rollouts, weights, micro_tokens):
+        part_loss = -(part_weights * completion_logprobs(model, part, temperature)).sum() / rollouts.completion_mask.sum()
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
 def test_weights_by_hand():
@@ -45,8 +50,18 @@ def test_weights_by_hand():
     assert torch.allclose(weights, torch.tensor([[1, 0.3, 1], [-0.12, -0.4, 0]]))
     main = token_weights(rollouts, torch.tensor([1.0, 0.0]), wrong_weight=0.0, junior_weight=1.0)
     assert main.tolist() == [[1, 1, 1], [0, 0, 0]]
-    with pytest.raises(ValueError, match=r"expected shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"one reward per rollout, shape \(2,\), got shape \(3,\)"):
         token_weights(rollouts, torch.ones(3), 0.0, 1.0)
+
+
+def test_partial_credit_is_not_rounded():
+    """r = 0.25 and c = -0.4: w = 0.25 - 0.4 * 0.75 = -0.05 for the senior's tokens. Rewards beyond [0, 1] are refused."""
+    rollouts = make_rollouts(9)
+    weights = token_weights(rollouts, torch.full((5,), 0.25), wrong_weight=-0.4, junior_weight=0.0)
+    assert torch.allclose(weights, -0.05 * rollouts.senior_mask)
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"rewards must lie in \[0, 1\]"):
+            token_weights(rollouts, torch.full((5,), bad), 0.0, 1.0)
 
 
 def test_loss_by_hand():
@@ -59,14 +74,18 @@ def test_loss_by_hand():
     assert loss == pytest.approx(math.log(8) * 0.5 / 21, rel=1e-12)
 
 
-def test_logprobs_against_full_logits(make_model, tokenizer):
-    """The ordinary way: all logits, shifted, log-softmax at T = 0.7, gathered."""
+@pytest.mark.parametrize("micro_tokens", [1, 16, 1000])
+def test_fast_and_plain_loss_are_equal(make_model, tokenizer, micro_tokens):
+    """The three plain lines with all logits, and log-probabilities by parts: the same loss and gradient."""
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)
-    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    full = (logits[:, :-1] / 0.7).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0][:, 5:] * rollouts.completion_mask
-    assert torch.allclose(completion_logprobs(model, rollouts, 0.7), full, atol=1e-12)
+    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
+    loss, gradient = gradients(model, rollouts, weights, micro_tokens=micro_tokens)
+    model.zero_grad()
+    plain = plain_loss(model, rollouts, weights, 0.7)
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-10)
+    assert gradient.norm() > 0.01
+    assert torch.allclose(gradient, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), atol=1e-10)
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 2**24])
@@ -78,8 +97,8 @@ def test_a_frozen_output_layer_against_autograd(tokenizer, at_once, monkeypatch)
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "lm_head" not in name}
     monkeypatch.setattr(reinforce, "LOGITS_AT_ONCE", at_once)
     model.lm_head.requires_grad_(False)
-    model.zero_grad()
-    assert backward(model, rollouts, weights, 0.7, 1000) == pytest.approx(loss, rel=1e-12)
+    model.lm_head.weight.grad = None
+    assert gradients(model, rollouts, weights)[0] == pytest.approx(loss, rel=1e-12)
     assert gradient.norm() > 0.01
     for name, value in expected.items():
         assert torch.allclose(model.get_parameter(name).grad, value, atol=1e-12), name
@@ -92,7 +111,7 @@ def test_half_precision_sums_in_float32(tokenizer):
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         leaf = states.clone().to(dtype).requires_grad_()
-        logprobs = reinforce.FrozenHead.apply(head.to(dtype), leaf, targets, 0.7)
+        logprobs = reinforce.FrozenOutputLayer.apply(head.to(dtype), leaf, targets, 0.7)
         assert logprobs.dtype == torch.float32
         logprobs.sum().backward()
         found[dtype] = logprobs.detach(), leaf.grad.float()
@@ -110,9 +129,9 @@ def test_micro_batches_change_nothing(make_model, tokenizer, micro_tokens, parts
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
     weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
     loss, gradient = gradients(model, rollouts, weights)
-    cut = micro_batches(rollouts, torch.arange(5), micro_tokens)
-    assert len(cut) == parts
-    assert sorted(torch.cat(cut).tolist()) == [0, 1, 2, 3, 4]
+    named = [few.texts for few, _ in micro_batches(rollouts, weights, micro_tokens)]
+    assert len(named) == parts
+    assert sorted(name for names in named for name in names) == ["0", "1", "2", "3", "4"]
     part_loss, part_gradient = gradients(model, rollouts, weights, micro_tokens=micro_tokens)
     assert part_loss == pytest.approx(loss, rel=1e-10)
     assert torch.allclose(gradient, part_gradient, atol=1e-10)
@@ -148,17 +167,15 @@ def test_wrong_rollouts_count_in_the_mean_but_are_not_run(tokenizer):
 
 
 def test_nothing_to_learn_from(tokenizer):
-    """p = 0 with j = 0, or a batch without a right rollout: no loss and no gradient, rather than 0/0."""
-    model, rollouts = llama(len(tokenizer), 0), make_rollouts(len(tokenizer))
+    """p = 0 with j = 0, or a batch without a right rollout: nothing to run, rather than 0/0."""
+    rollouts = make_rollouts(len(tokenizer))
     rollouts.senior_mask.zero_()
     for weights in (token_weights(rollouts, torch.ones(5), 0.0, 0.0), token_weights(rollouts, torch.zeros(5), 0.0, 1.0)):
-        model.zero_grad()
-        assert backward(model, rollouts, weights, 0.7, 2) is None
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert micro_batches(rollouts, weights, 2) == []
 
 
 def test_inputs_are_not_modified(tokenizer):
     model, rollouts, copy = llama(len(tokenizer), 0), make_rollouts(len(tokenizer)), make_rollouts(len(tokenizer))
-    backward(model, rollouts, rollouts.completion_mask.float(), 0.7, 2)
+    gradients(model, rollouts, rollouts.completion_mask.float(), micro_tokens=2)
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "senior_mask"):
         assert torch.equal(getattr(rollouts, name), getattr(copy, name))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.problems import plain
 from metrics import has_jargon
-from problems import plain
 from reward import final_number, reward
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"

@@ -1,21 +1,14 @@
-"""Co-generation against a slow writer that has no cache, no padding, no batch and no tables."""
+"""Co-generation against the reference implementation, which has no cache, no padding, no batch and no tables."""
 
 import pytest
 import torch
 
-from conftest import gpt2, llama
+from conftest import gpt2, left_pad, llama, make_pair, write
 from reinforce import completion_logprobs
-from rollout import Reader, join, random_numbers, rollout, sample, stretches
-from tandem import build_boundaries, opens_word, token_bytes
+from rollout import CachedDecoder, Rollouts, join, random_numbers, reference_rollout, sample, truncate
+from tandem import SCHEDULES, token_bytes
 
 STEPS = 14
-
-
-def left_pad(rows):
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 @pytest.fixture(scope="module")
@@ -27,37 +20,11 @@ def prompts(tokenizer):
     return senior, junior
 
 
-def write(senior, junior, prompts, tokenizer, ends=(1,), **options):
-    settings = dict(p=0.5, schedule="word", max_new_tokens=STEPS, temperature=1.3) | options
-    noise, coins = random_numbers(len(prompts[0]), settings.pop("max_new_tokens"), seed=2)
-    boundaries = build_boundaries(token_bytes(tokenizer, len(tokenizer)))
-    padded = left_pad(prompts[0]), left_pad(prompts[1])
-    return rollout(senior, junior, *padded, tokenizer, ends, boundaries, noise, coins, **settings)
-
-
-def slow_row(senior, junior, prompts, row, tokenizer, p, temperature=1.3, steps=STEPS):
-    """One row by full forward passes, with the word rule on decoded strings. Returns [(id, senior wrote it)]."""
-    batch = len(prompts[0])
-    noise, coins = random_numbers(batch, steps, seed=2)
-    pieces = token_bytes(tokenizer, len(tokenizer))
-    text, written, active, tosses = b"", [], None, 0
-    for t in range(steps):
-        own = []
-        for m, model in enumerate((senior, junior)):
-            ids = torch.tensor([prompts[m][row] + [token for token, _ in written]])
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[:, -1]
-            own.append(sample(logits, noise[m, t, row : row + 1], temperature)[0].item())
-        active = active or 0
-        half = text.decode(errors="replace")
-        if opens_word(half, pieces[own[active]].decode(errors="replace")):
-            active = 0 if coins[tosses, row] < p else 1
-            tosses += 1
-        written.append((own[active], active == 0))
-        text += pieces[own[active]]
-        if own[active] == tokenizer.eos_token_id:
-            break
-    return written
+def reference_row(senior, junior, prompts, row, tokenizer, p, steps=STEPS):
+    """One row by the reference implementation, with the random numbers of that row in `write`."""
+    noise, coins = random_numbers(len(prompts[0]), steps, seed=2)
+    pair = make_pair(senior, junior, tokenizer)
+    return reference_rollout(pair, prompts[0][row], prompts[1][row], noise[:, :, row], coins[:, row], p, temperature=1.3)
 
 
 class WholeText:
@@ -75,15 +42,15 @@ class WholeText:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_against_the_slow_writer(make_model, prompts, tokenizer, p):
+def test_against_the_reference(make_model, prompts, tokenizer, p):
     """Ids and authors of each row; the cache, the padding, the tables and dropped rows change nothing (cases 9 and 11)."""
     senior, junior = (WholeText(make_model(len(tokenizer), seed, torch.float64), tokenizer) for seed in (0, 1))
     rollouts = write(senior, junior, prompts, tokenizer, p=p)
     for row in range(len(prompts[0])):
-        expected = slow_row(senior, junior, prompts, row, tokenizer, p)
+        expected = reference_row(senior, junior, prompts, row, tokenizer, p)
         n = len(expected)
         assert rollouts.completion_ids[row, :n].tolist() == [token for token, _ in expected]
-        assert rollouts.senior_mask[row].tolist()[:n] == [int(by_senior) for _, by_senior in expected]
+        assert rollouts.senior_mask[row].tolist()[:n] == [int(author == "senior") for _, author in expected]
         assert rollouts.completion_mask[row].tolist() == [1] * n + [0] * (rollouts.completion_ids.shape[1] - n)
         assert rollouts.senior_mask[row, n:].sum() == 0
         assert rollouts.completion_ids[row, n:].eq(tokenizer.eos_token_id).all()
@@ -108,18 +75,18 @@ def test_rows_end_at_different_times(tokenizer, prompts):
     enders = {rollouts.senior_mask[row, lengths[row] - 1].item() for row in ended}
     assert enders == {0, 1}
     for row in range(len(rollouts)):
-        expected = slow_row(senior, junior, prompts, row, tokenizer, 0.5, steps=40)
+        expected = reference_row(senior, junior, prompts, row, tokenizer, 0.5, steps=40)
         assert rollouts.completion_ids[row, : lengths[row]].tolist() == [token for token, _ in expected]
 
 
 def test_any_of_several_tokens_ends_a_text(tokenizer, prompts):
     """Two models of one vocabulary may end a text differently: with every token an end, each row is one token."""
     model = llama(len(tokenizer), 0)
-    rollouts = write(model, model, prompts, tokenizer, ends=tuple(range(len(tokenizer))))
+    rollouts = write(model, model, prompts, tokenizer, end_ids=range(len(tokenizer)))
     assert rollouts.completion_mask.tolist() == [[1]] * len(prompts[0])
 
 
-@pytest.mark.parametrize("schedule", ["token", "word", "sentence", "paragraph", "redraw"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("p", [0.3, 0.7])
 def test_same_weights_greedy(make_model, tokenizer, prompts, schedule, p):
     """Case 10: two writers with the same weights and prompts write, greedily, what one writes alone."""
@@ -133,7 +100,7 @@ def test_same_weights_greedy(make_model, tokenizer, prompts, schedule, p):
         assert 0 < together.senior_mask.sum() < alone.senior_mask.sum()
 
 
-@pytest.mark.parametrize("schedule", ["token", "word", "sentence", "paragraph", "redraw"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_p_1_is_the_senior_alone(tokenizer, prompts, schedule):
     """Case 9, whatever the schedule: and the junior is never run (None cannot be called), nor the senior at p = 0."""
     senior = llama(len(tokenizer), 0)
@@ -197,21 +164,54 @@ def test_positions_ignore_padding():
     """A row padded by three reads as it does alone. Without position ids GPT-2 is off by whole nats."""
     model = gpt2(40, 0)
     row = [5, 6, 7, 8]
-    alone = Reader(model, torch.tensor([row]), torch.ones(1, 4, dtype=torch.long), 4)
-    padded = Reader(model, torch.tensor([[0, 0, 0, *row]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]]), 4)
+    alone = CachedDecoder(model, torch.tensor([row]), torch.ones(1, 4, dtype=torch.long), 4)
+    padded = CachedDecoder(model, torch.tensor([[0, 0, 0, *row]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]]), 4)
     assert torch.allclose(*alone.logits, *padded.logits, atol=1e-4)
 
 
-def test_handoffs_and_stretches(tokenizer, prompts):
+def test_handoffs_and_author_spans(tokenizer, prompts):
     rollouts = write(llama(len(tokenizer), 0), llama(len(tokenizer), 1), prompts, tokenizer)
-    pieces = token_bytes(tokenizer, len(tokenizer))
+    spans = rollouts.author_spans(token_bytes(tokenizer, len(tokenizer)))
     for row in range(len(rollouts)):
-        real = rollouts.completion_mask[row].bool()
-        ids, by_senior = rollouts.completion_ids[row][real].tolist(), rollouts.senior_mask[row][real].tolist()
-        runs = stretches(ids, by_senior, pieces)
+        by_senior = rollouts.senior_mask[row][rollouts.completion_mask[row].bool()].tolist()
         assert rollouts.handoffs()[row] == sum(a != b for a, b in zip(by_senior, by_senior[1:]))
-        assert all(a[0] != b[0] for a, b in zip(runs, runs[1:]))
-    assert stretches([0], [1], [b"48"]) == [("senior", "48")]
+        assert all(a[0] != b[0] for a, b in zip(spans[row], spans[row][1:]))
+        assert "".join(text for _, text in spans[row]).replace("\ufffd", "") == rollouts.texts[row].replace("\ufffd", "")
+
+
+def test_author_spans_by_hand():
+    """Two tokens of one author are decoded together (0xC3 0xB6 is ö); padding is not text."""
+    ids, mask = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 1, 1, 0]])
+    rollouts = Rollouts(ids, mask, ids, mask, torch.tensor([[1, 1, 0, 0]]), torch.zeros(1, 4), [""])
+    assert rollouts.author_spans([b"sch\xc3", b"\xb6", b"n", b"x"]) == [[("senior", "schö"), ("junior", "n")]]
+
+
+def test_truncate_by_hand(tokenizer):
+    """The token in which the stop text begins, and all after it, leave text and masks; a row without it stays as it is."""
+    pair = make_pair(None, None, tokenizer)
+    rows = [tokenizer(text).input_ids for text in ("She sold 2.\nQuestion: April", "She sold 2 clips in April.")]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [1] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    rollouts = Rollouts(ids, mask, ids, mask, mask, mask.double(), [tokenizer.decode(row) for row in rows])
+    cut = truncate(rollouts, "\nQuestion:", pair)
+    assert cut.texts == ["She sold 2.", "She sold 2 clips in April."]
+    kept = len(tokenizer("She sold 2.").input_ids)
+    assert cut.completion_mask[0].tolist() == [1] * kept + [0] * (width - kept)
+    for name in ("senior_mask", "logprobs"):
+        assert torch.equal(getattr(cut, name), cut.completion_mask.to(getattr(cut, name).dtype))
+    assert torch.equal(cut.completion_mask[1], mask[1])
+    assert torch.equal(rollouts.completion_mask, mask)  # the argument is unmodified
+
+
+def test_chunks_change_nothing(tokenizer, prompts):
+    """Two rows in memory at a time instead of all six; rows of a chunk are padded to its own longest prompt."""
+    senior, junior = (llama(len(tokenizer), seed, torch.float64) for seed in (0, 1))
+    whole, chunks = (write(senior, junior, prompts, tokenizer, max_rows=rows) for rows in (None, 2))
+    assert torch.equal(whole.completion_ids * whole.completion_mask, chunks.completion_ids * chunks.completion_mask)
+    assert torch.equal(whole.senior_mask, chunks.senior_mask)
+    assert torch.allclose(whole.logprobs, chunks.logprobs, atol=1e-10)
+    assert torch.equal(whole.prompt_ids, chunks.prompt_ids)
 
 
 def test_join_keeps_each_row(tokenizer, prompts):

@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import figures
 import run_gsm8k
-from run_gsm8k import main, parse_args
+from lab import figures, runs
+from lab.models import trainable_parameters
+from reinforce import plain_loss
+from run_gsm8k import flags_of_run, main, parse_args
 
 
 @pytest.fixture
@@ -27,7 +29,8 @@ def command(base_folder, tmp_path):
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Every row of a file, as it was written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def without_times(all_rows):
@@ -46,7 +49,7 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
     out = capsys.readouterr().out
     assert "| tandem | 1 | 2 |" in out
     for arm in ("tandem", "solo"):
-        folder = tmp_path / "runs" / "skill" / arm / "seed-0"
+        folder = tmp_path / "runs" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
         assert config["flags"]["batch"] == 8
         assert config["versions"]["torch"] == version("torch")
@@ -64,14 +67,14 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
         assert first["loss"] is not None
         samples = rows(folder / "samples.jsonl")
         assert {sample["who"] for sample in samples} == {"senior", "tandem", "junior"}
-        assert {author for sample in samples if sample["who"] == "tandem" for author, _ in sample["stretches"]} == {"senior", "junior"}
+        assert {author for sample in samples if sample["who"] == "tandem" for author, _ in sample["spans"]} == {"senior", "junior"}
         state = torch.load(folder / "state.pt")
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder / "adapter")
         saved = dict(model.named_parameters())
         for name, tensor in state["adapter"].items():
             assert torch.equal(saved[name.replace(".weight", ".default.weight")], tensor)
     for suffix in ("png", "pdf"):
-        assert (tmp_path / "runs" / "skill" / f"figure2.{suffix}").stat().st_size > 5000
+        assert (tmp_path / "runs" / "figures" / f"skill-figure2.{suffix}").stat().st_size > 5000
 
 
 @pytest.mark.usefixtures("always_right")
@@ -80,136 +83,174 @@ def test_resume_gives_the_same_run(command, flags, tmp_path):
     """Stopped after update 1 with half a row written, then resumed: the rows of an unbroken run, bit for bit."""
     command = [*command, *flags]
     main([*command, "--arms", "tandem"])
-    whole = tmp_path / "runs" / "skill" / "tandem" / "seed-0"
+    whole = tmp_path / "runs" / "tandem" / "seed-0"
     assert ("uint8" in str(torch.load(whole / "state.pt")["optimizer"]["state"][0])) == bool(flags)
     expected, samples = without_times(rows(whole / "metrics.jsonl")), rows(whole / "samples.jsonl")
 
     other = [*command, "--arms", "tandem", "--out", str(tmp_path / "other")]
-    real, calls = run_gsm8k.save, []
+    broken = tmp_path / "other" / "tandem" / "seed-0"
+    real, calls = runs.save_checkpoint, []
 
-    def stop_after_update_1(folder, update, *rest):
-        real(folder, update, *rest)
+    def interrupted(folder, update, *rest):
+        """Ctrl-C before the checkpoint of update 1, whose row is written already, and in the middle of the row of update 2."""
         calls.append(update)
-        if update == 1:
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        real(folder, update, *rest)
+        if calls == [0, 1, 1]:
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write('{"update": 2, "rew')
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_gsm8k, "save", stop_after_update_1)
-        with pytest.raises(KeyboardInterrupt):
-            main(other)
-    assert calls == [0, 1]
+        patch.setattr(runs, "save_checkpoint", interrupted)
+        for more in ([], ["--resume"]):
+            with pytest.raises(KeyboardInterrupt):
+                main([*other, *more])
+    assert [row["update"] for row in runs.read_rows(broken / "metrics.jsonl")] == [0, 1]
+    assert (broken / "metrics.jsonl").read_text().count('{"update": 1,') == 2
     main([*other, "--resume"])
-    broken = tmp_path / "other" / "skill" / "tandem" / "seed-0"
-    assert without_times(rows(broken / "metrics.jsonl")) == expected
-    assert rows(broken / "samples.jsonl") == samples
+    assert without_times(runs.read_rows(broken / "metrics.jsonl")) == expected
+    assert runs.read_samples(broken / "samples.jsonl") == samples
     before = (broken / "metrics.jsonl").read_text()
-    main([*other, "--resume"])  # a finished arm is not run again
+    main([*other, "--resume"])  # a finished run is not made again
     assert (broken / "metrics.jsonl").read_text() == before
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="was begun with --lr 0.001"):
         main([*other, "--resume", "--lr", "0.5"])
 
 
 @pytest.mark.usefixtures("always_right")
 def test_a_run_goes_on_with_its_own_base_only(command, base_folder, tmp_path):
-    """The same flags, but what they name has changed: as when tiny.py is edited between a run and its --resume."""
+    """The same flags, but what they name has changed, as when a base is made anew between a run and its --resume."""
     main([*command, "--arms", "tandem"])
-    config = tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "config.json"
+    config = tmp_path / "runs" / "tandem" / "seed-0" / "config.json"
     assert json.loads(config.read_text())["flags"]["base"] == Path(base_folder).name
     config.write_text(config.read_text().replace(f'"base": "{Path(base_folder).name}"', '"base": "tiny-0123"'))
-    with pytest.raises(SystemExit, match="was begun with the base tiny-0123, and this is .*another --out"):
+    with pytest.raises(SystemExit, match="was begun with --base tiny-0123.*another --out"):
         main([*command, "--arms", "tandem", "--resume"])
 
 
 def test_nothing_right_is_skipped_and_said(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: 0.0)
     main([*command, "--arms", "tandem"])
-    assert capsys.readouterr().out.count("nothing to learn from: skipped") == 2
-    first = rows(tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "metrics.jsonl")[1]
+    assert capsys.readouterr().out.count("no rollout to learn from: skipped") == 2
+    first = rows(tmp_path / "runs" / "tandem" / "seed-0" / "metrics.jsonl")[1]
     assert first["loss"] is None
 
 
 @pytest.mark.usefixtures("always_right")
-def test_a_lost_run_is_kept_and_the_next_one_is_as_if_alone(command, tmp_path, monkeypatch):
-    """The first arm's gradient is not finite: its state is that of update 0, it says why, and the second arm is made,
-    with none of that gradient in it. Resumed, neither is run again."""
+def test_a_diverged_run_is_kept_and_the_next_one_is_as_if_alone(command, tmp_path, monkeypatch):
+    """The first arm's gradient is not finite: its checkpoint is that of update 0, it says why, and the second arm is made,
+    with none of that gradient in it. Resumed, neither is run again, and the reason is given once more."""
     main([*command, "--arms", "solo", "--out", str(tmp_path / "alone")])
-    alone = without_times(rows(tmp_path / "alone" / "skill" / "solo" / "seed-0" / "metrics.jsonl"))
-    real, calls = run_gsm8k.backward, []
+    alone = without_times(rows(tmp_path / "alone" / "solo" / "seed-0" / "metrics.jsonl"))
+    real, calls = run_gsm8k.completion_logprobs, []
 
-    def first_arm_fails(model, rollouts, weights, *rest):
+    def first_arm_fails(*args):
         calls.append(1)
-        return real(model, rollouts, weights * (float("nan") if len(calls) == 1 else 1.0), *rest)
+        return real(*args) * (float("nan") if len(calls) == 1 else 1.0)
 
-    monkeypatch.setattr(run_gsm8k, "backward", first_arm_fails)
-    with pytest.raises(SystemExit, match="update 1: loss nan.*state after update 0.*smaller --lr"):
+    monkeypatch.setattr(run_gsm8k, "completion_logprobs", first_arm_fails)
+    with pytest.raises(SystemExit, match="update 1: loss nan.*after update 0.*smaller --lr"):
         main(command)
-    folder = tmp_path / "runs" / "skill"
+    folder = tmp_path / "runs"
     assert torch.load(folder / "tandem" / "seed-0" / "state.pt")["update"] == 0
     assert len(rows(folder / "tandem" / "seed-0" / "metrics.jsonl")) == 1
     assert "loss nan" in (folder / "tandem" / "seed-0" / "stopped.txt").read_text()
     assert without_times(rows(folder / "solo" / "seed-0" / "metrics.jsonl")) == alone
     before = len(calls)
-    main([*command, "--resume"])
+    with pytest.raises(SystemExit, match="update 1: loss nan"):
+        main([*command, "--resume"])
     assert len(calls) == before
 
 
-def test_wrong_rollouts_that_run_away_stop_the_run():
-    """V = 100: guessing at random is log 100 = 4.6 nats a token. 4.5 goes on, 4.7 does not, unless c = 0 pushes nothing."""
-    run, row = parse_args(["--setting", "sweep", "--wrong-weight", "-0.5"]), {"update": 3, "logprob_wrong": -4.5}
-    run.arm = "c-0.5-j1"
-    run_gsm8k.stop_if_lost(row, 0.1, 0.1, run, 100)
-    with pytest.raises(run_gsm8k.Lost, match="update 3: wrong rollouts have run away, at -4.7 nats a token.*--wrong-weight nearer to 0"):
-        run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, run, 100)
-    run.wrong_weight = 0.0
-    run_gsm8k.stop_if_lost(row | {"logprob_wrong": -4.7}, 0.1, 0.1, run, 100)
+def test_wrong_rollouts_pushed_away_without_bound_stop_the_run():
+    """V = 100: guessing at random is log 100 = 4.6 nats per token. 4.5 goes on, 4.7 does not, unless c = 0 pushes nothing."""
+    args = flags_of_run(parse_args(["--setting", "sweep"]), "c-0.5-j1", seed=0)
+    row = {"update": 3, "loss": 0.1, "grad_norm": 0.1, "logprob_wrong": -4.5}
+    runs.check_divergence(row, args, 100)
+    with pytest.raises(runs.Diverged, match=r"update 3: wrong rollouts .* without bound \(-4.7 nats.*--wrong-weight nearer to 0"):
+        runs.check_divergence(row | {"logprob_wrong": -4.7}, args, 100)
+    args.wrong_weight = 0.0
+    runs.check_divergence(row | {"logprob_wrong": -4.7}, args, 100)
 
 
 @pytest.mark.usefixtures("always_right")
 def test_all_settings_arm_by_arm(command, tmp_path, monkeypatch, capsys):
-    """Two arms of each setting. Interrupted and resumed, every run is made once; shared arms are copied; the sweep's best
-    cell and the main one are confirmed on test problems; all figures are there."""
-    few = {"skill": ("tandem", "solo"), "language": ("de-fr-tandem", "de-fr-solo"), "granularity": ("word", "p-0.25")}
-    few |= {"control": ("skill-main", "skill-shuffled"), "sweep": ("c-0.1-j0.5", "c-0.5-j0")}
-    monkeypatch.setattr(run_gsm8k, "SETTINGS", {k: {arm: run_gsm8k.SETTINGS[k][arm] for arm in arms} for k, arms in few.items()})
+    """A few arms of each setting. Interrupted and resumed, every run is made once, arms that settings share too; the sweep's
+    best cell and the main setting are confirmed on test problems; all figures are there."""
+    few = {"skill": ["tandem", "solo"], "language": ["de-fr-tandem", "de-fr-solo"], "granularity": ["tandem", "p-0.25"]}
+    few |= {"control": ["tandem", "shuffled"], "sweep": ["c-0.1-j0.5", "c-0.5-j0"]}
+    monkeypatch.setattr(run_gsm8k, "SETTINGS", few)
     flags = [*command, "--setting", "all", "--updates", "1", "--eval-every", "1"]
-    real, made = run_gsm8k.run_arm, []
+    real, made = run_gsm8k.train, []
 
-    def spy(run, *rest):
+    def spy(args, pair):
         if len(made) == 4:
             made.append("interrupted")
             raise KeyboardInterrupt
-        real(run, *rest)
-        made.append((run.setting, run.arm))
+        real(args, pair)
+        made.append(args.arm)
 
-    monkeypatch.setattr(run_gsm8k, "run_arm", spy)
+    monkeypatch.setattr(run_gsm8k, "train", spy)
     with pytest.raises(KeyboardInterrupt):
         main(flags)
     main([*flags, "--resume"])
     made.remove("interrupted")
-    shared = {("granularity", "word"), ("control", "skill-main")}
-    every = {(setting, arm) for setting, arms in few.items() for arm in arms}
-    best = run_gsm8k.grid_arm("test-", *figures.best_cell(tmp_path / "runs" / "sweep"))
-    confirmed = {("sweep", "test-c0-j1"), ("sweep", best)}
-    assert sorted(made) == sorted((every - shared) | confirmed)
+    every = {arm for arms in few.values() for arm in arms}
+    best = figures.best_cell(tmp_path / "runs")
+    confirmed = {"test-c0-j1", f"test-c{best[0]:g}-j{best[1]:g}"}
+    assert sorted(made) == sorted(every | confirmed)
     out = capsys.readouterr().out
-    assert "5 of 10 runs are done" in out  # 4 made, 1 copied; then came the interruption
-    assert "5 of 5 runs are done, about 0 minutes are left" in out
-    assert "2 of 2 runs are done" in out
-    for setting, name in every | confirmed:
-        seed = 1 if name.startswith("test-") else 0
-        config = json.loads((tmp_path / "runs" / setting / name / f"seed-{seed}" / "config.json").read_text())
-        assert (config["flags"]["setting"], config["flags"]["arm"]) == (setting, name)
-        assert config["flags"]["validation"] == (setting == "sweep" and not name.startswith("test-"))
-        assert config.get("copied_from") == ("skill/tandem" if (setting, name) in shared else None)
-    monkeypatch.setattr(figures, "draw", lambda folder: None)
+    assert "4 of 8 runs finished" in out
+    assert "4 of 4 runs finished, about 0 minutes left" in out
+    assert "2 of 2 runs finished" in out
+    for arm in every | confirmed:
+        config = json.loads((tmp_path / "runs" / arm / f"seed-{int(arm in confirmed)}" / "config.json").read_text())
+        assert config["flags"]["arm"] == arm
+        assert config["flags"]["validation"] == (arm in few["sweep"])
+    monkeypatch.setattr(figures, "draw", lambda *_: None)
     main([*flags, "--resume"])
-    assert len(made) == len((every - shared) | confirmed)  # all is there, the confirmation too
-    drawn = {path.relative_to(tmp_path / "runs").as_posix() for path in (tmp_path / "runs").rglob("*.png")}
-    names = "skill/figure2 language/figure2 language/figure3 granularity/granularity control/control sweep/appendixE"
-    assert drawn == {f"{name}.png" for name in names.split()}
-    assert all((tmp_path / "runs" / path).with_suffix(".pdf").is_file() for path in drawn)
+    assert len(made) == len(every | confirmed)  # all is there, the confirmation too
+    drawn = {path.name for path in (tmp_path / "runs" / "figures").glob("*.png")}
+    assert drawn == {f"{name}.png" for name in "skill-figure2 language-figure2 language-figure3 granularity control sweep".split()}
+    assert all((tmp_path / "runs" / "figures" / name).with_suffix(".pdf").is_file() for name in drawn)
+
+
+def test_an_arm_that_two_settings_share_is_stored_once():
+    arms = run_gsm8k.arms_of("all")
+    assert len(arms) == len(set(arms)) == len(run_gsm8k.ARMS)
+    assert sum("tandem" in arms for arms in run_gsm8k.SETTINGS.values()) == 3
+    assert set(run_gsm8k.SETTINGS["granularity"]) == {*run_gsm8k.SCHEDULES, "tandem", "p-0.25", "p-0.75", "solo"} - {"word"}
+
+
+@pytest.mark.parametrize("flags", ["", "--junior-weight 0.3 --wrong-weight -0.5 --micro-tokens 60"])
+def test_the_loop_makes_the_gradient_of_the_plain_loss(command, flags, monkeypatch):
+    """At the moment of clipping, the gradient is that of plain_loss for the rollouts and weights of the update."""
+    batches, compared = [], []
+    real_weights, real_clip, real_load = run_gsm8k.token_weights, torch.nn.utils.clip_grad_norm_, run_gsm8k.models.load_pair
+    pairs, values = [], iter([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0] * 100)
+    monkeypatch.setattr(run_gsm8k.models, "load_pair", lambda *a, **k: pairs.append(real_load(*a, **k)) or pairs[0])
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
+
+    def weights_spy(rollouts, *rest):
+        batches.append((rollouts, real_weights(rollouts, *rest)))
+        return batches[-1][1]
+
+    def clip_spy(parameters, norm):
+        if batches:  # not while the specialist is made
+            ours = [parameter.grad.clone() for parameter in parameters]
+            plain = torch.autograd.grad(plain_loss(pairs[0].senior, *batches[-1], 0.7), trainable_parameters(pairs[0].senior))
+            compared.append((torch.cat([x.flatten() for x in ours]), torch.cat([x.flatten() for x in plain])))
+        return real_clip(parameters, norm)
+
+    monkeypatch.setattr(run_gsm8k, "token_weights", weights_spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    main([*command, "--arms", "tandem", *flags.split()])
+    assert len(compared) == 2
+    for ours, plain in compared:
+        assert plain.norm() > 1e-3
+        assert (ours - plain).norm() < 1e-4 * plain.norm()
 
 
 def test_each_writer_is_asked_in_its_language(command, monkeypatch):
@@ -227,25 +268,18 @@ def test_each_writer_is_asked_in_its_language(command, monkeypatch):
     assert "<<" not in junior
 
 
-def test_a_question_of_its_own_ends_a_solution(command, monkeypatch):
-    """What a model writes after "Question:" counts neither for its reward nor for its language."""
+def test_a_question_of_its_own_ends_a_completion(command, monkeypatch):
+    """The runner passes the stop text, so that what follows it counts neither for the reward nor for the loss."""
     seen, real = [], run_gsm8k.rollout
-
-    def runs_on(*args, **options):
-        rollouts = real(*args, **options)
-        rollouts.texts[:] = ["So 2 are left.\n#### 2\n\nQuestion: And 9?\nAnswer: 9"] * len(rollouts)
-        return rollouts
-
-    monkeypatch.setattr(run_gsm8k, "rollout", runs_on)
-    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: seen.append(text) or 0.0)
+    monkeypatch.setattr(run_gsm8k, "rollout", lambda *args, **options: seen.append(options["stop"]) or real(*args, **options))
     main([*command, "--arms", "tandem", "--updates", "1"])
-    assert set(seen) == {"So 2 are left.\n#### 2\n"}
+    assert set(seen) == {"\nQuestion:"}
 
 
 def test_only_the_junior_is_evaluated(command, tmp_path, capsys):
     """--updates 0 --evaluate junior: one row, one evaluation, no figure."""
     main([*command, "--arms", "tandem", "--updates", "0", "--evaluate", "junior"])
-    (row,) = rows(tmp_path / "runs" / "skill" / "tandem" / "seed-0" / "metrics.jsonl")
+    (row,) = rows(tmp_path / "runs" / "tandem" / "seed-0" / "metrics.jsonl")
     assert set(row["eval"]) == {"junior"}
     assert "there is nothing to draw" in capsys.readouterr().out
 
@@ -258,16 +292,16 @@ def test_shuffled_rewards(command, monkeypatch):
     monkeypatch.setattr(
         run_gsm8k, "token_weights", lambda rollouts, rewards, c, j: weighted.append(rewards.tolist()) or real(rollouts, rewards, c, j)
     )
-    main([*command, "--setting", "control", "--arms", "skill-shuffled"])
+    main([*command, "--setting", "control", "--arms", "shuffled", "--seeds", "2"])
     assert all(sum(rewards) == 3 for rewards in weighted)
-    assert len({tuple(rewards) for rewards in weighted}) == 2  # of two updates
+    assert len({tuple(rewards) for rewards in weighted}) > 2  # two updates of two seeds, each with a permutation of its own
 
 
 def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
     """A switch that changes the method must not go unnoticed: here the junior is never named."""
     real = run_gsm8k.rollout
     monkeypatch.setattr(run_gsm8k, "rollout", lambda *a, **k: real(*a, **(k | {"p": 1.0 if 0 < k["p"] < 1 else k["p"]})))
-    with pytest.raises(SystemExit, match="this is not tandem training"):
+    with pytest.raises(SystemExit, match="This is not tandem training"):
         main([*command, "--arms", "tandem"])
 
 
@@ -296,7 +330,7 @@ def test_rollouts_do_not_depend_on_how_many_are_written_at_a_time(command, tmp_p
     for rollout_batch in ("2", "100"):
         out = tmp_path / rollout_batch
         main([*command, "--arms", "tandem", "--rollout-batch", rollout_batch, "--out", str(out)])
-        found.append(rows(out / "skill" / "tandem" / "seed-0" / "samples.jsonl"))
+        found.append(rows(out / "tandem" / "seed-0" / "samples.jsonl"))
     assert found[0] == found[1]
 
 
@@ -307,10 +341,10 @@ def test_chunks_are_cut_to_the_memory(command, tmp_path, capsys):
     main(command)
     assert "8 rollouts of" in capsys.readouterr().out
     main([*command, "--out", str(tmp_path / "less"), "--memory", "0.006"])
-    assert re.search(r"memory: weights .* MiB, [1-7] rollouts of", capsys.readouterr().out)
-    less, more = (tmp_path / name / "skill" / "tandem" / "seed-0" / "samples.jsonl" for name in ("less", "runs"))
+    assert re.search(r"weights .* MiB, [1-7] rollouts of", capsys.readouterr().out)
+    less, more = (tmp_path / name / "tandem" / "seed-0" / "samples.jsonl" for name in ("less", "runs"))
     assert rows(less) == rows(more)
-    with pytest.raises(SystemExit, match="more than 1 MiB even with one rollout at a time.*--checkpointing"):
+    with pytest.raises(SystemExit, match="more than the budget of 1 MiB even with one rollout at a time.*--checkpointing"):
         main([*command, "--out", str(tmp_path / "none"), "--memory", "0.001"])
     assert not (tmp_path / "none").exists()
 
@@ -325,7 +359,7 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         subprocess.run(
             [*launcher, "run_gsm8k.py", *flags, "--out", str(tmp_path / str(n))], check=True, env=environment, capture_output=True
         )
-        folder = tmp_path / str(n) / "skill" / "tandem" / "seed-0"
+        folder = tmp_path / str(n) / "tandem" / "seed-0"
         runs[n] = without_times(rows(folder / "metrics.jsonl")), torch.load(folder / "state.pt")["adapter"]
     for one, two in zip(runs[1][0], runs[2][0]):
         for name in one:
@@ -342,19 +376,21 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--preset big", "invalid choice: 'big'"),
         ("--handoff words", "invalid choice: 'words'"),
         ("--batch 7", "--batch 7 is not divisible by --rollouts-per-prompt 2"),
-        ("--p 1.0", "--p 1.0.*--solo"),
-        ("--p 0", "--p 0"),
-        ("--junior-weight 1.5", "--junior-weight 1.5"),
-        ("--wrong-weight 0.4", "--wrong-weight 0.4"),
-        ("--temperature 0", "--temperature 0.0: must be above 0"),
-        ("--rollouts-per-prompt 0", "--rollouts-per-prompt 0: must be at least 1"),
-        ("--seed -1", "--seed -1"),
-        ("--updates -1", "--updates -1: must be 0"),
-        ("--lr -1", "--lr -1.0: must be above 0"),
-        ("--memory 0", "--memory 0.0: must be above 0"),
-        ("--specialist-steps -1", "--specialist-steps -1"),
-        ("--arms tandm", "--arms tandm: not an arm of --setting skill. Choose from tandem, solo"),
-        ("--shots 9", "--shots 9: there are 3 solved examples"),
+        ("--p 1.0", "--p 1: .*--solo"),
+        ("--p 0", "--p 0: "),
+        ("--p nan", "--p: nan is not a finite number at least 0 and at most 1"),
+        ("--junior-weight 1.5", "--junior-weight: 1.5 is not"),
+        ("--wrong-weight 0.4", "--wrong-weight: 0.4 is not a finite number at least -1 and at most 0"),
+        ("--temperature 0", "--temperature: 0 is not a finite number above 0"),
+        ("--rollouts-per-prompt 0", "--rollouts-per-prompt: 0 is not a finite number at least 1"),
+        ("--seed -1", "--seed: -1 is not"),
+        ("--updates -1", "--updates: -1 is not"),
+        ("--lr inf", "--lr: inf is not a finite number above 0"),
+        ("--lr much", "--lr: invalid float value: 'much'"),
+        ("--memory 0", "--memory: 0 is not"),
+        ("--specialist-steps -1", "--specialist-steps: -1 is not"),
+        ("--arms tandm", "--arms tandm: not in --setting skill, whose arms are tandem, solo"),
+        ("--shots 9", "--shots: 9 is not a finite number at least 0 and at most 3"),
         ("--senior-language es", "invalid choice: 'es'"),
     ],
 )
@@ -371,23 +407,21 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
     assert "neuralmagic/Llama-2-7b-gsm8k" in capsys.readouterr().out
 
 
-def test_results_without_a_state_are_not_resumed(command, tmp_path, capsys):
+def test_results_without_a_state_are_not_resumed(command, tmp_path):
     """As in a clone of this repository: the rows are there, the states are not, and nothing may be lost."""
-    folder = tmp_path / "runs" / "skill" / "solo" / "seed-0"
+    folder = tmp_path / "runs" / "solo" / "seed-0"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="holds rows but no state.pt"):
         main([*command, "--resume"])
-    assert "holds rows but no state.pt" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
 
 
-def test_a_folder_that_holds_a_run_is_kept(command, tmp_path, capsys):
-    folder = tmp_path / "runs" / "skill" / "solo" / "seed-0"
+def test_a_folder_that_holds_a_run_is_kept(command, tmp_path):
+    folder = tmp_path / "runs" / "solo" / "seed-0"
     folder.mkdir(parents=True)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="already holds a run: continue it with --resume"):
         main(command)
-    assert "already holds a run: go on with --resume" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
 
 
@@ -416,10 +450,10 @@ def test_real_format_problems(command, tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(line * 4)
     main([*command, "--problems", str(tmp_path), "--arms", "solo"])
-    with pytest.raises(SystemExit, match="4 training and 4 test problems, --eval-problems 5"):
+    with pytest.raises(SystemExit, match="4 training and 4 test problems, but --eval-problems is 5"):
         main([*command, "--problems", str(tmp_path), "--eval-problems", "5", "--out", str(tmp_path / "more")])
 
 
 def test_no_runs_to_draw(tmp_path):
-    with pytest.raises(SystemExit, match="no SETTING/ARM/seed-K/metrics.jsonl"):
+    with pytest.raises(SystemExit, match="metrics.jsonl"):
         figures.main(str(tmp_path))

@@ -5,19 +5,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem import Handoff, build_boundaries, is_word_character, opens_word, token_bytes
+from tandem import Handoff, build_tables, is_word_character, opens_word, token_bytes
 
 
 def authors(pieces: list[bytes], ids: list[int], coins: str, schedule: str, **options) -> tuple[str, int]:
     """Authors of `ids`, whatever the author samples, and the number of coins used, for coins such as "SJ"."""
     numbers = [0.25 if coin == "S" else 0.75 for coin in coins] + [0.25] * (len(ids) + 1 - len(coins))
-    handoff = Handoff(build_boundaries(pieces), schedule, 0.5, torch.tensor(numbers)[:, None], **options)
+    handoff = Handoff(build_tables(pieces), schedule, 0.5, torch.tensor(numbers)[:, None], **options)
     who = ""
     for token in ids:
         written, senior = handoff.choose(torch.tensor([token]), torch.tensor([token]))
         assert written.item() == token
         who += "S" if senior.item() else "J"
-    return who, handoff.tosses.item()
+    return who, handoff.num_tosses.item()
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_the_tables_agree_with_the_definition(before, piece, opens):
 )
 def test_characters_in_pieces(pieces, tosses):
     """No toss after a token that ends inside a character; what a split character was decides on the next token."""
-    ids, handoff = range(len(pieces)), Handoff(build_boundaries(pieces), "word", 0.5, torch.zeros(9, 1))
+    ids, handoff = range(len(pieces)), Handoff(build_tables(pieces), "word", 0.5, torch.zeros(9, 1))
     seen = []
     for token in ids:
-        before = handoff.tosses.item()
+        before = handoff.num_tosses.item()
         handoff.choose(torch.tensor([token]), torch.tensor([token]))
-        seen.append(handoff.tosses.item() - before)
+        seen.append(handoff.num_tosses.item() - before)
     assert seen == tosses
 
 
@@ -115,11 +115,11 @@ def test_characters_in_pieces(pieces, tosses):
 )
 def test_units(schedule, tosses):
     pieces = [b"She", b" has", b" 24", b".", b"5", b" clips", b".", b"\n", b"\n", b"She", b" left"]
-    handoff = Handoff(build_boundaries(pieces), schedule, 0.5, torch.zeros(99, 1))
+    handoff = Handoff(build_tables(pieces), schedule, 0.5, torch.zeros(99, 1))
     used = []
     for token in range(len(pieces)):
         handoff.choose(torch.tensor([token]), torch.tensor([token]))
-        used.append(handoff.tosses.item())
+        used.append(handoff.num_tosses.item())
     assert [b - a for a, b in zip([0, *used], used)] == tosses
 
 
@@ -133,7 +133,7 @@ def test_a_sentence_within_a_line(schedule, expected):
 def test_a_thrown_away_sample():
     """The junior is active and samples a new word; the coin names the senior, whose own sample is written instead."""
     pieces = [b"a", b" b", b"c"]
-    handoff = Handoff(build_boundaries(pieces), "word", 0.5, torch.tensor([[0.75], [0.25]]))
+    handoff = Handoff(build_tables(pieces), "word", 0.5, torch.tensor([[0.75], [0.25]]))
     assert handoff.choose(torch.tensor([0]), torch.tensor([2]))[0].item() == 2  # J writes c
     written, senior = handoff.choose(torch.tensor([2]), torch.tensor([1]))  # J samples " b", S samples "c"
     assert (written.item(), senior.item()) == (2, True)  # so S goes on inside J's word, as the rule has it
@@ -143,7 +143,7 @@ def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
     """Byte-level BPE: for all pairs of tokens that are whole text, the tables say what opens_word says."""
     pieces = token_bytes(tokenizer, len(tokenizer))
     whole = [i for i, piece in enumerate(pieces) if piece and "\ufffd" not in piece.decode(errors="replace")]
-    table = build_boundaries(pieces)
+    table = build_tables(pieces)
     for i in whole:
         for j in whole:
             joined = bool(table.ends_word[i] & table.starts_word[j])
@@ -174,7 +174,7 @@ def test_ids_beyond_the_tokenizer_or_the_logits(tokenizer):
 
 
 def test_bad_arguments():
-    table = build_boundaries([b"a"])
+    table = build_tables([b"a"])
     with pytest.raises(ValueError, match="unknown handoff schedule 'words'"):
         Handoff(table, "words", 0.5, torch.zeros(1, 1))
     with pytest.raises(ValueError, match="1.5"):

@@ -1,0 +1,231 @@
+"""What a run will need of a device's memory, planned before it starts, and the largest batches that fit.
+
+    peak = weights + adapter + max(rollout, update)
+
+    term      method              what is counted
+    weights   Plan.weights()      4-bit linear layers: half a byte per parameter and one byte of scale per 64 parameters. All
+                                  other parameters at 2 bytes each on a GPU and 4 on a CPU
+    adapter   Plan.adapter()      LoRA's A and B in float32, their gradients, and AdamW's two moments (with --eight-bit-adam
+                                  one byte each)
+    rollout   Plan.rollout(...)   the key-value caches of senior and junior, and the larger of prefill and sampling
+    update    Plan.update(...)    what the backward pass needs of every layer (with --checkpointing the input of each layer
+                                  and the inside of one), and the logits that exist at one time
+
+Example: two checkpoints of Llama-2-7B in 4 bits with rank 16, 8-bit AdamW and checkpointing have 7.2 GiB of weights and
+381 MiB of adapter and optimiser. A budget of 24 GiB leaves room for 31 rollouts of 200 + 256 tokens at one time (14.7 GiB),
+a fifth of a batch of 152. The update, with 8192 tokens per pass, needs 4.6 GiB, so the planned peak is 22.2 GiB.
+
+The sizes of weights and adapter are exact: the model is built on the meta device, which holds shapes and no numbers. What
+a layer keeps for its gradient is counted for the Llama family and is an estimate for others. Nothing is measured here
+(`python -m lab.benchmark --only memory` puts plan and measured peak side by side), and memory outside the tensors is
+covered only by a fixed reserve.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lab import models, parallel
+from reinforce import LOGITS_AT_ONCE
+
+GIB = 2**30
+RESERVE = 0.75 * GIB  # kept free on a CUDA device for cuBLAS and for what the allocator cannot use
+
+
+def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, longest_prompt: int) -> None:
+    """Print the memory plan of a run, after cutting args.rollout_batch and args.micro_tokens to what fits.
+
+    senior, junior: the two checkpoints. longest_prompt: in tokens, over all runs that share `args`. The budget is --memory,
+    or else the free memory of the GPU; on a CPU without --memory nothing is cut. Raises ValueError if nothing fits.
+    """
+    on_gpu = args.device.startswith("cuda")
+    plan = Plan(
+        senior=shape_of(models.load_config(senior)),
+        junior=None if senior == junior else shape_of(models.load_config(junior)),
+        four_bit=args.four_bit,
+        half_precision=on_gpu,
+        rank=args.rank,
+        checkpointing=args.checkpointing,
+        # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
+        eight_bit_adam=args.eight_bit_adam and args.specialist_steps == 0,
+    )
+    available = math.inf
+    if args.memory:
+        available = args.memory * GIB
+    elif on_gpu:
+        available, _ = torch.cuda.mem_get_info()
+    # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
+    budget = min(parallel.gather(available)) - (RESERVE if on_gpu else 0)
+    # No process ever holds more rollouts than its share of a batch or of an evaluation.
+    share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
+    lengths = longest_prompt, args.max_new_tokens
+    args.rollout_batch, args.micro_tokens = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens, *lengths)
+    print(plan.report(args.rollout_batch, args.micro_tokens, *lengths))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a checkpoint is made of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of one checkpoint that decide how much memory it needs."""
+
+    linear: int  # parameters of all linear layers except the output layer
+    other: int  # parameters of embeddings, norms and output layer
+    lora: int  # parameters per unit of rank of a LoRA adapter on all those linear layers
+    layers: int
+    hidden: int
+    feed_forward: int  # width of the feed-forward part
+    kv: int  # numbers in the keys and values of one token in one layer
+    largest: int  # parameters of the largest linear layer
+    vocab_size: int
+
+
+def shape_of(config) -> Shape:
+    """The shape of a checkpoint, from its transformers configuration alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Some versions of transformers do not tie weights on the meta device.
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    linear_weights = [m.weight for m in model.modules() if m is not head and type(m).__name__ in ("Linear", "Conv1D")]
+    linear = sum(weight.numel() for weight in linear_weights)
+    total = sum(parameter.numel() for parameter in model.parameters())  # tied weights count once
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        linear=linear,
+        other=total - linear,
+        # A is (rank, in) and B is (out, rank).
+        lora=sum(sum(weight.shape) for weight in linear_weights),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        feed_forward=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        kv=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        largest=max(weight.numel() for weight in linear_weights),
+        vocab_size=config.vocab_size,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose, for a pair of checkpoints.
+
+    The methods share their arguments: `rollout_batch` rollouts at one time; `micro_tokens` tokens per pass of the update,
+    padding included; `prompt` and `new`, the lengths in tokens of the longest prompt and of the longest completion.
+    """
+
+    senior: Shape
+    junior: Shape | None  # None where senior and junior share one base
+    four_bit: bool
+    half_precision: bool  # 2 bytes per number, as on a GPU, rather than 4
+    rank: int
+    checkpointing: bool
+    eight_bit_adam: bool
+
+    @property
+    def number_size(self) -> int:
+        """Bytes per number of weights and activations."""
+        return 2 if self.half_precision else 4
+
+    def weights(self) -> float:
+        per_linear_parameter = 0.5 + 1 / 64 if self.four_bit else self.number_size
+        shapes = [shape for shape in (self.senior, self.junior) if shape]
+        return sum(shape.linear * per_linear_parameter + shape.other * self.number_size for shape in shapes)
+
+    def adapter(self) -> float:
+        weight, gradient, moments = 4, 4, 2 if self.eight_bit_adam else 8
+        return self.senior.lora * self.rank * (weight + gradient + moments)
+
+    def rollout(self, rollout_batch: int, prompt: int, new: int) -> float:
+        """Writing `rollout_batch` rollouts at one time."""
+        senior, size = self.senior, self.number_size
+        shapes = (senior, self.junior or senior)
+        caches = rollout_batch * (prompt + new) * sum(shape.layers * shape.kv * size for shape in shapes)
+        # Prefill, inside one layer: the residual and its norm, and three activations of the feed-forward part. A shared
+        # base reads the prompts of both models in one pass.
+        inside = size * (3 * senior.hidden + 3 * senior.feed_forward) + (4 * senior.feed_forward if self.half_precision else 0)
+        prefill = rollout_batch * (1 if self.junior else 2) * prompt * inside
+        # Sampling: the logits of both models, and in float32 the log-softmax of both, and of one its exponential and the
+        # cumulative sum of that.
+        sampling = rollout_batch * senior.vocab_size * (2 * size + 4 * 4)
+        return caches + max(prefill, sampling) + self._dequantised()
+
+    def update(self, micro_tokens: int, prompt: int, new: int) -> float:
+        """A forward and backward pass over `micro_tokens` tokens of rollouts of these lengths."""
+        shape, size = self.senior, self.number_size
+        tokens = max(micro_tokens, prompt + new)  # a pass holds at least one rollout
+        if self.half_precision:
+            # LoRA and the norms compute in float32: a copy of the input of every linear layer and of two norms.
+            inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.feed_forward) + 4 * (8 * shape.hidden + shape.feed_forward)
+        else:
+            inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
+        gradients = size * (2 * shape.hidden + 2 * shape.feed_forward)
+        # The output layer sees completion tokens only: logits and their log-softmax in float32.
+        num_logits = min(tokens * new / (prompt + new) * shape.vocab_size, LOGITS_AT_ONCE)
+        logits = num_logits * (2 * 4 + (2 if self.half_precision else 0))
+        if self.checkpointing:
+            return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
+        return shape.layers * tokens * inside + max(tokens * gradients + self._dequantised(), logits)
+
+    def _dequantised(self) -> float:
+        """One 4-bit layer at a time is expanded for its matrix product."""
+        return self.senior.largest * self.number_size if self.four_bit else 0
+
+    def peak(self, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> float:
+        return self.weights() + self.adapter() + max(self.rollout(rollout_batch, prompt, new), self.update(micro_tokens, prompt, new))
+
+    def fit(self, budget: float, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> tuple[int, int]:
+        """Cut (rollout_batch, micro_tokens) into the fewest even parts that keep to `budget` bytes.
+
+        Raises ValueError if a single rollout at a time does not fit either.
+        """
+        rest = budget - self.weights() - self.adapter()
+        rollout_batch = largest_part(rollout_batch, 1, lambda part: self.rollout(part, prompt, new) <= rest)
+        # A pass of the update holds at least one rollout.
+        one_rollout = min(micro_tokens, prompt + new)
+        micro_tokens = largest_part(micro_tokens, one_rollout, lambda part: self.update(part, prompt, new) <= rest)
+        if max(self.rollout(rollout_batch, prompt, new), self.update(micro_tokens, prompt, new)) > rest:
+            raise ValueError(
+                f"{self.report(rollout_batch, micro_tokens, prompt, new)}. This is more than the budget of {format_bytes(budget)} "
+                "even with one rollout at a time. Remedies: --four-bit, --checkpointing, --eight-bit-adam, a smaller "
+                "--max-new-tokens, --shots or --rank, or smaller models"
+            )
+        return rollout_batch, micro_tokens
+
+    def report(self, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> str:
+        """The plan in one line."""
+        rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {prompt} + {new} tokens"
+        return (
+            f"memory plan: weights {format_bytes(self.weights())}, adapter and optimiser {format_bytes(self.adapter())}, "
+            f"{rollouts} {format_bytes(self.rollout(rollout_batch, prompt, new))} "
+            f"or an update of {micro_tokens} tokens per pass {format_bytes(self.update(micro_tokens, prompt, new))}; "
+            f"peak {format_bytes(self.peak(rollout_batch, micro_tokens, prompt, new))}"
+        )
+
+
+def largest_part(whole: int, least: int, fits: Callable[[int], bool]) -> int:
+    """The size of a part if `whole` is cut into the fewest even parts that fit, or `least` if no larger part does.
+
+    >>> largest_part(152, 1, lambda part: part <= 40)
+    38
+    """
+    parts = (math.ceil(whole / count) for count in range(1, whole + 1))
+    return max(least, next(part for part in parts if part <= least or fits(part)))
+
+
+def format_bytes(number: float) -> str:
+    """
+    >>> format_bytes(1.5 * 2**30), format_bytes(381 * 2**20)
+    ('1.5 GiB', '381 MiB')
+    """
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -1,0 +1,241 @@
+"""Loading the pair: a trained senior and a frozen junior over one vocabulary.
+
+The senior is a frozen base under a LoRA adapter, optionally with 4-bit weights (QLoRA: Dettmers et al., 2023). West et
+al. (2025) use rank 16, alpha 16 and all linear layers. Where senior and junior name the same checkpoint there is one copy
+of its weights: the junior is that base with the adapter off, and one forward pass can serve both (SharedJunior).
+Otherwise the junior is a second, frozen model.
+
+Models are loaded as transformers loads them, from the hub or from a local folder. Those that the rest of the code would
+get wrong are refused here, with a message that says what to do. This file does not sample (rollout.py) or train
+(run_gsm8k.py, lab/specialist.py).
+"""
+
+import warnings
+from functools import partial
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
+
+from rollout import Pair
+from tandem import build_tables, token_bytes
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_tokenizers(senior: str, junior: str) -> list:
+    """Both tokenizers. Raises ValueError unless they are the same vocabulary. Fast, so it is done before anything long.
+
+    Ids beyond the logits are ignored: some tokenizers have an additional padding token that the model never writes.
+    """
+    tokenizers = [_load(AutoTokenizer, name) for name in (senior, junior)]
+    widths = [load_config(name).vocab_size for name in (senior, junior)]
+    vocabularies = [{token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths)]
+    if vocabularies[0] != vocabularies[1]:
+        differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
+        raise ValueError(
+            f"senior and junior must share one tokenizer: {senior} has {len(vocabularies[0])} tokens, {junior} has "
+            f"{len(vocabularies[1])}, and {differ} entries differ. Choose two models of one family."
+        )
+    if widths[0] != widths[1]:
+        raise ValueError(f"senior and junior must have logits of one width: {senior} has {widths[0]}, {junior} {widths[1]}")
+    return tokenizers
+
+
+def load_config(name: str):
+    return _load(AutoConfig, name)
+
+
+def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:
+    """Load the pair, the senior under a fresh adapter, which changes nothing until it is trained.
+
+    Raises ValueError for a missing checkpoint, or for two that differ in tokenizer or logit width.
+    """
+    tokenizers = load_tokenizers(senior, junior)
+    base = load_model(senior, four_bit, device)
+    other = base if senior == junior else load_model(junior, four_bit, device)
+
+    # A chat model may end its turn with another token than the end token of its tokenizer.
+    end_ids = {tokenizer.eos_token_id for tokenizer in tokenizers}
+    for model in (base, other):
+        listed = model.generation_config.eos_token_id
+        end_ids.update(listed if isinstance(listed, list) else [listed])
+
+    model = disable_dropout(add_adapter(base, rank))
+    if checkpointing:
+        enable_checkpointing(model)
+    pieces = token_bytes(tokenizers[0], base.config.vocab_size)
+    return Pair(
+        senior=model,
+        junior=SharedJunior(model) if other is base else other,
+        senior_tokenizer=tokenizers[0],
+        junior_tokenizer=tokenizers[1],
+        end_ids=sorted(end_ids - {None}),
+        pieces=pieces,
+        tables=build_tables(pieces).to(device),
+    )
+
+
+def load_model(name: str, four_bit: bool, device: str):
+    """One frozen causal language model: bfloat16 on an accelerator, float32 on a CPU, NF4 weights if four_bit."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    options = {"dtype": dtype}
+    if four_bit:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = _load(AutoModelForCausalLM, name, **options)
+    model = model if four_bit else model.to(device)
+    model.requires_grad_(False)
+    _check_output_layer(disable_dropout(model), name)
+    return model
+
+
+def _load(kind, name: str, **options):
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load {name!r}: it is neither a local folder nor a reachable checkpoint of the hub. Check the name "
+            "and the connection, or use --preset tiny, which needs neither."
+        ) from error
+
+
+@torch.no_grad()
+def _check_output_layer(model, name: str) -> None:
+    """reinforce.py applies the output layer itself, so models that change the logits after it are refused."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    ours = model.get_output_embeddings()(model.base_model(input_ids=ids)[0])
+    theirs = model(input_ids=ids).logits
+    if not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
+        raise ValueError(f"{name} ({type(model).__name__}) scales or caps its logits after the output layer: not supported")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The adapter
+
+
+def add_adapter(base, rank: int) -> PeftModel:
+    """The senior: the base under a fresh adapter on all linear layers."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+def reset_adapter(senior: PeftModel, seed: int) -> None:
+    """Start the adapter anew: A random and B zero, so that the senior equals its base."""
+    torch.manual_seed(seed)
+    for module in senior.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def adapter_state(senior: PeftModel) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter, not copied."""
+    # The default, save_embedding_layers="auto", would ask the hub about the base at every call.
+    return get_peft_model_state_dict(senior, save_embedding_layers=False)
+
+
+def load_adapter(senior: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Set the adapter to the tensors of adapter_state."""
+    set_peft_model_state_dict(senior, state)
+
+
+def trainable_parameters(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def disable_dropout(model):
+    """Evaluation mode, during training too: dropout would make the scored policy another one than the sampled policy.
+
+    4-bit layers stay in training mode. They have no dropout, and in evaluation mode bitsandbytes repacks their weights on
+    some CPUs, permanently, for a kernel that has no gradient.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    return model
+
+
+def enable_checkpointing(model) -> None:
+    """Gradient checkpointing: keep only the input of each layer, and run the layer again when its gradient is due.
+
+    The built-in version of transformers works in training mode only, in which dropout would be on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = max((module for module in base.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+
+class SharedJunior:
+    """The junior of a shared checkpoint: the senior's weights without the adapter, alone or beside the senior.
+
+    Every LoRA layer is patched so that its adapter applies to a leading fraction of the batch only.
+    """
+
+    def __init__(self, senior: PeftModel):
+        self.senior, self.adapted_fraction = senior, 1.0
+        for layer in senior.modules():
+            if isinstance(layer, LoraLayer):
+                layer.forward = partial(self._layer_forward, layer, layer.forward)
+
+    def _layer_forward(self, layer: LoraLayer, peft_forward, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """A linear layer: W x for all rows; + scaling * B A x for the leading rows, which are the senior's."""
+        if self.adapted_fraction == 1:
+            return peft_forward(x, *args, **kwargs)
+        if x.dim() != 3:
+            raise ValueError(f"a layer got an input of shape {tuple(x.shape)}: models that route tokens to experts are not supported")
+        out = layer.base_layer(x, *args, **kwargs)
+        adapted = x[: int(self.adapted_fraction * len(x))]
+        if len(adapted):
+            down, up = layer.lora_A["default"], layer.lora_B["default"]
+            out[: len(adapted)] += up(down(adapted.to(down.weight.dtype))) * layer.scaling["default"]
+        return out
+
+    def _run(self, adapted_fraction: float, **inputs):
+        self.adapted_fraction = adapted_fraction
+        try:
+            return self.senior.get_base_model()(**inputs)
+        finally:
+            self.adapted_fraction = 1.0
+
+    def __call__(self, **inputs):
+        """The junior alone: the adapter applies to no row."""
+        return self._run(0.0, **inputs)
+
+    def beside_senior(self, **inputs):
+        """One forward pass for both: the first half of the rows is the senior's, the second half the junior's."""
+        return self._run(0.5, **inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From text to padded batches
+
+
+def encode_prompts(tokenizer, prompts: list[str], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded (ids, mask) of B prompts, (B, P) each."""
+    # A chat template has already written the start token; it must not be added twice.
+    has_start = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+    return pad(tokenizer(prompts, add_special_tokens=not has_start).input_ids, tokenizer, "left", device)
+
+
+def pad(rows: list[list[int]], tokenizer, side: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of token lists of different lengths, padded on one side ("left" or "right") to (B, longest)."""
+    fill = tokenizer.eos_token_id  # any id would do: masks are kept, never guessed from ids
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, zeros, ones = [fill] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
+        ids.append(gap + row if side == "left" else row + gap)
+        mask.append(zeros + ones if side == "left" else ones + zeros)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

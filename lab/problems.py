@@ -1,0 +1,315 @@
+"""Problems and prompts: GSM8K, a generated stand-in for it, and what each model is asked.
+
+A problem is a question in English with a worked solution per language, which ends in "#### " and the answer. In its
+annotated form every step carries a calculator annotation, as in GSM8K (Cobbe et al., 2021):
+
+    She sells 5: 12-5=<<12-5=7>>7.
+    #### 7
+
+`<<12-5=7>>` is the jargon of the skill setting: the specialist is taught to write it, its junior is not.
+
+Generated problems have two to four steps and the same format, in three languages, so that a model of half a million
+parameters can learn them on a laptop. A checksum of the question decides its split. So no question is in two of training,
+validation and test, whatever the seeds are. (A question may differ from one of another split in a name only.)
+
+The three parts of the file: reading GSM8K, generating problems, and prompts. Pretraining is in lab/tiny.py.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+LANGUAGES = ("en", "de", "fr")
+ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem. `solutions` maps a language to its annotated solution; `gold` is the right number as text."""
+
+    question: str
+    solutions: dict[str, str]
+    gold: str
+
+
+def plain(solution: str) -> str:
+    """The same solution without calculator annotations, as a junior writes it.
+
+    >>> plain("She sells 5: 12-5=<<12-5=7>>7.")
+    'She sells 5: 12-5=7.'
+    """
+    return ANNOTATION.sub("", solution)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GSM8K
+
+
+def load_gsm8k(source: str, split: str) -> list[Problem]:
+    """The official problems of one split ("train" or "test").
+
+    `source` is a local folder with train.jsonl and test.jsonl (objects with "question" and "answer"), or else a hub id
+    such as openai/gsm8k, which is read with `datasets`. Raises ValueError for a malformed row, naming its line, and
+    FileNotFoundError if there is nothing to read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / f"{split}.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: a problem folder holds train.jsonl and test.jsonl")
+        return [_parse(line, f"{path}, line {i}") for i, line in enumerate(path.open(encoding="utf-8"), 1) if line.strip()]
+    if source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"the problem folder {source} is not there")
+    try:
+        from datasets import load_dataset  # imported here because it takes a second and generated problems do not need it
+
+        rows = load_dataset(source, "main", split=split)
+    except Exception as error:  # the hub fails in many ways, all with the same remedy
+        raise FileNotFoundError(
+            f"cannot load the problems {source!r} ({type(error).__name__}): give a folder with train.jsonl and "
+            "test.jsonl, or use --problems generated"
+        ) from error
+    return [_parse(json.dumps(row), f"{source}, {split}, row {i}") for i, row in enumerate(rows, 1)]
+
+
+def _parse(line: str, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+        question, answer = row["question"], row["answer"]
+        solution, gold = answer.rsplit("####", 1)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{where}: expected {{"question": "...", "answer": "... #### 72"}}, got {line.strip()[:80]!r}') from error
+    return Problem(question, {"en": f"{solution}#### {gold.strip()}"}, gold.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generated problems
+#
+# One pattern per line: operator | part of the question | step of the solution in English | German | French.
+# {n} is a name, {i} the things that are counted, {a} and {b} numbers, {e} the expression with its annotation.
+
+NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
+ITEMS = "apples books cards coins marbles pens shells stamps".split()
+OPENINGS = """
+  | {n} has {a} {i} | | |
+* | {n} has {a} boxes with {b} {i} each | She has {a} boxes with {b}: {e}. | Sie hat {a} Kisten mit {b}: {e}. | Elle a {a} boîtes de {b} : {e}.
++ | {n} has {a} old and {b} new {i} | She has {a} and {b}: {e}. | Sie hat {a} und {b}: {e}. | Elle en a {a} et {b} : {e}.
+"""
+EVENTS = """
++ | buys {b} | She buys {b}: {e}. | Sie kauft {b}: {e}. | Elle en achète {b} : {e}.
++ | is given {b} | She is given {b}: {e}. | Sie bekommt {b}: {e}. | Elle en reçoit {b} : {e}.
+- | sells {b} | She sells {b}: {e}. | Sie verkauft {b}: {e}. | Elle en vend {b} : {e}.
+- | loses {b} | She loses {b}: {e}. | Sie verliert {b}: {e}. | Elle en perd {b} : {e}.
+* | soon owns {b} times as many | She owns {b} times as many: {e}. | Sie besitzt {b}-mal so viele: {e}. | Elle en possède {b} fois plus : {e}.
+/ | keeps one of {b} equal piles | She keeps one of {b} piles: {e}. | Sie behält einen von {b} Stapeln: {e}. | Elle garde une pile sur {b} : {e}.
+"""
+COMPARISON = """
++ | A friend has {b} more | Her friend has {b} more: {e}. | Ihre Freundin hat {b} mehr: {e}. | Son amie en a {b} de plus : {e}.
++ | | Together there are {e}. | Zusammen sind es {e}. | À deux, cela fait {e}.
+"""
+OPENINGS, EVENTS, COMPARISON = (
+    [[cell.strip() for cell in line.split("|")] for line in table.strip("\n").splitlines()] for table in (OPENINGS, EVENTS, COMPARISON)
+)
+LARGEST = 99  # no number is larger, so that the tiny tokenizer has a token for every number
+
+
+def split_of(question: str) -> str:
+    """ "train", "validation" or "test": eight, one and one tenth of all questions, by their checksum."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
+def generate(n: int, split: str, seed: int) -> list[Problem]:
+    """n generated problems of one split (see split_of). The same seed gives the same problems."""
+    rng = random.Random(f"{split} {seed}")
+    problems: list[Problem] = []
+    while len(problems) < n:
+        problem = _draw(rng)
+        if split_of(problem.question) == split:
+            problems.append(problem)
+    return problems
+
+
+def _draw(rng: random.Random) -> Problem:
+    """One problem of two to four steps: an opening, a chain of events, and perhaps a comparison at the end."""
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    steps = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
+    opening, ending = rng.choice(OPENINGS), COMPARISON if rng.random() < 0.2 else []
+    events = steps - len(ending) - (1 if opening[0] else 0)  # an opening with an operator is a step
+    if events < 0:
+        return _draw(rng)
+    value = rng.randint(2, {"": LARGEST, "+": 40, "*": 9}[opening[0]])
+
+    # Follow the chain: `value` is how many there are now, `before` how many there were before the last step.
+    before, told, lines = value, [], {language: [] for language in LANGUAGES}
+    for op, sentence, *step_in in [opening, *rng.sample(EVENTS, events), *ending]:
+        b = before if op and not sentence else _operand(rng, op, value)  # the comparison adds both amounts
+        if b is None:
+            return _draw(rng)  # there is no number with which this chain could go on: draw another problem
+        before, expression = value, f"{value}{op}{b}"
+        told.append(sentence.format(n=name, i=item, a=value, b=b))
+        value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // max(b, 1)}[op]
+        for language, step in zip(LANGUAGES, step_in if op else []):
+            lines[language].append(step.format(a=before, b=b, e=f"{expression}=<<{expression}={value}>>{value}"))
+    if value > LARGEST:
+        return _draw(rng)
+    # What happens to one person makes one sentence; what her friend has makes another.
+    own, others = told[: events + 1], told[events + 1 :]
+    question = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]])) + "".join(f". {more}" for more in others if more)
+    question = f"{question}. How many {item} are there{' together' if ending else ''}?"
+    return Problem(question, {k: "\n".join([*v, f"#### {value}"]) for k, v in lines.items()}, str(value))
+
+
+def _operand(rng: random.Random, op: str, value: int) -> int | None:
+    """The second number of a step, or None if no number keeps the result a whole number from 1 to LARGEST."""
+    choices = {
+        "": [0],
+        "+": [b for b in range(2, 10) if value + b <= LARGEST],
+        "-": [b for b in range(2, 10) if value - b >= 1],
+        "*": [b for b in range(2, 6) if value * b <= LARGEST],
+        "/": [b for b in range(2, 6) if value % b == 0 and value > b],
+    }[op]
+    return rng.choice(choices) if choices else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems of a run
+
+
+def load_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
+    """(training problems in the order in which a run uses them, held-out problems for its evaluations).
+
+    There is one training problem per prompt and update; GSM8K's are shuffled anew in every epoch. --validation evaluates on
+    a tenth of the training split, which is then left out of training. Raises ValueError if there are too few problems.
+    """
+    held_out_split = "validation" if args.validation else "test"
+    n = args.updates * args.batch // args.rollouts_per_prompt
+    if args.problems == "generated":
+        return generate(n, "train", args.seed), generate(args.eval_problems, held_out_split, args.seed)
+    train = training_problems(args)
+    held_out = load_gsm8k(args.problems, "train" if args.validation else "test")
+    if args.validation:
+        held_out = [problem for problem in held_out if split_of(problem.question) == "validation"]
+    if not train or len(held_out) < args.eval_problems:
+        raise ValueError(
+            f"{args.problems}: {len(train)} training and {len(held_out)} {held_out_split} problems, "
+            f"but --eval-problems is {args.eval_problems}: lower it, or give more problems"
+        )
+    rng = random.Random(args.seed)
+    # The held-out problems are drawn first, so that they stay the same when --updates grows.
+    held_out = rng.sample(held_out, args.eval_problems)
+    epochs = [problem for _ in range(math.ceil(n / len(train))) for problem in rng.sample(train, len(train))]
+    return epochs[:n], held_out
+
+
+def training_problems(args: argparse.Namespace) -> list[Problem]:
+    """The training split of a GSM8K-like source, without the tenth that --validation evaluates on."""
+    train = load_gsm8k(args.problems, "train")
+    return [problem for problem in train if not (args.validation and split_of(problem.question) == "validation")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts: senior and junior each have their own, and share the text that they write
+
+# A model that was shown solved examples may go on with a question of its own after its answer. The completion ends there.
+STOP = "\nQuestion:"
+CUES = {"en": "Answer:", "de": "Antwort:", "fr": "Réponse:"}
+INSTRUCTIONS = {
+    "en": "Solve the problem step by step in English. Write #### and then the final number on the last line.",
+    "de": "Löse die Aufgabe Schritt für Schritt auf Deutsch. Schreibe in die letzte Zeile #### und dann das Ergebnis.",
+    "fr": "Résous le problème étape par étape en français. Écris sur la dernière ligne #### puis le résultat.",
+}
+
+
+def prompt(question: str, language: str = "en", shots: list[tuple[str, str]] = ()) -> str:
+    """What a model is asked: the question, then a cue in the language in which it is to answer.
+
+    shots: solved examples (question, solution) that precede it, under an instruction in that language.
+
+    >>> prompt("How many are left?", "de")
+    'Question: How many are left?\\nAntwort:'
+    """
+    # Open in paper: the prompt texts. Questions stay in English, as GSM8K's are.
+    asked = f"Question: {question}\n{CUES[language]}"
+    if not shots:
+        return asked
+    solved = [f"Question: {shot}\n{CUES[language]} {solution}" for shot, solution in shots]
+    return "\n\n".join([INSTRUCTIONS[language], *solved, asked])
+
+
+def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tuple[str, str]] = ()) -> str:
+    """The same for a chat model, in its own template; every solved example is a turn of the conversation."""
+    turns = [*shots, (question, None)]
+    messages = []
+    for asked, solution in turns:
+        messages.append({"role": "user", "content": f"{asked}\n{INSTRUCTIONS[language]}"})
+        if solution is not None:
+            messages.append({"role": "assistant", "content": solution})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def demonstrations(n: int, language: str, annotated: bool) -> list[tuple[str, str]]:
+    """n solved examples (question, solution) in a language: with <<...>> for a specialist, without for its junior."""
+    solutions = [example.solutions[language] for example in EXAMPLES[:n]]
+    return [(example.question, text if annotated else plain(text)) for example, text in zip(EXAMPLES, solutions)]
+
+
+def prompts_of_pair(problems: list[Problem], args: argparse.Namespace, junior_tokenizer) -> tuple[list[str], list[str]]:
+    """What senior and junior are asked about each problem, in the languages of --senior-language and --junior-language.
+
+    A specialist knows Question/Answer. A junior with a chat template is asked as in a chat. The solved examples (--shots)
+    are given only where the two languages differ.
+    """
+    shots = args.shots if args.senior_language != args.junior_language else 0
+    # Open in paper: the demonstrations. These are ours: annotated for the senior, plain for the junior.
+    senior_shots = demonstrations(shots, args.senior_language, annotated=True)
+    junior_shots = demonstrations(shots, args.junior_language, annotated=False)
+    for_senior = [prompt(problem.question, args.senior_language, senior_shots) for problem in problems]
+    if junior_tokenizer.chat_template:
+        return for_senior, [chat_prompt(junior_tokenizer, problem.question, args.junior_language, junior_shots) for problem in problems]
+    return for_senior, [prompt(problem.question, args.junior_language, junior_shots) for problem in problems]
+
+
+def longest_prompt(runs: list[argparse.Namespace], tokenizers: list) -> int:
+    """The length in tokens of the longest prompt of any run. Raises what load_problems raises."""
+    longest = 0
+    for args in {(run.senior_language, run.junior_language, run.seed, run.validation): run for run in runs}.values():
+        train, held_out = load_problems(args)
+        for tokenizer, prompts in zip(tokenizers, prompts_of_pair(train + held_out, args, tokenizers[1])):
+            longest = max([longest, *(len(ids) for ids in tokenizer(prompts).input_ids)])
+    return longest
+
+
+EXAMPLES = [
+    Problem(
+        "Each morning a bakery bakes 5 trays with 24 rolls each. By noon 87 rolls are sold. How many rolls are left?",
+        {
+            "en": "Each morning the bakery bakes 24*5=<<24*5=120>>120 rolls.\nBy noon 87 are sold, so 120-87=<<120-87=33>>33 rolls are left.\n#### 33",
+            "de": "Jeden Morgen backt die Bäckerei 24*5=<<24*5=120>>120 Brötchen.\nBis zum Mittag sind 87 verkauft, also bleiben 120-87=<<120-87=33>>33 Brötchen übrig.\n#### 33",
+            "fr": "Chaque matin, la boulangerie cuit 24*5=<<24*5=120>>120 petits pains.\nÀ midi, 87 ont déjà été vendus : il en reste donc 120-87=<<120-87=33>>33.\n#### 33",
+        },
+        "33",
+    ),
+    Problem(
+        "Tom earns $14 an hour and works 6 hours on Saturday. He spends half of the money on a jacket. How many dollars does he keep?",
+        {
+            "en": "On Saturday Tom earns 14*6=<<14*6=84>>84 dollars.\nThe jacket costs half of that, 84/2=<<84/2=42>>42 dollars.\nSo he keeps 84-42=<<84-42=42>>42 dollars.\n#### 42",
+            "de": "Am Samstag verdient Tom 14*6=<<14*6=84>>84 Dollar.\nDie Jacke kostet die Hälfte davon, also 84/2=<<84/2=42>>42 Dollar.\nEr behält also 84-42=<<84-42=42>>42 Dollar.\n#### 42",
+            "fr": "Le samedi, Tom gagne 14*6=<<14*6=84>>84 dollars.\nLa veste coûte la moitié de cette somme, soit 84/2=<<84/2=42>>42 dollars.\nIl garde donc 84-42=<<84-42=42>>42 dollars.\n#### 42",
+        },
+        "42",
+    ),
+    Problem(
+        "A class of 30 pupils visits a museum. A ticket costs 4 euros, and the guide costs 45 euros for the whole class. What does the visit cost?",
+        {
+            "en": "The tickets cost 30*4=<<30*4=120>>120 euros.\nTogether with the guide that is 120+45=<<120+45=165>>165 euros.\n#### 165",
+            "de": "Die Eintrittskarten kosten 30*4=<<30*4=120>>120 Euro.\nZusammen mit der Führung sind das 120+45=<<120+45=165>>165 Euro.\n#### 165",
+            "fr": "Les billets coûtent 30*4=<<30*4=120>>120 euros.\nAvec le guide, cela fait 120+45=<<120+45=165>>165 euros.\n#### 165",
+        },
+        "165",
+    ),
+]

@@ -1,0 +1,213 @@
+"""Run folders: what a run leaves on disk, how it is resumed, and the lines that it prints.
+
+    RUNS/<arm>/seed-<k>/config.json      every flag, versions, device, commit
+                        metrics.jsonl    one row per update, appended and flushed
+                        samples.jsonl    evaluation rollouts, with the author of every span of text
+                        adapter/         the senior, as an adapter that PeftModel.from_pretrained loads
+                        state.pt         what --resume needs: adapter, optimizer, the number of the last update
+                        stopped.txt      only where training diverged: why
+
+An interrupted run is resumed from state.pt, which is written last. Rows of an update that was interrupted in between are
+written a second time, and a row may be cut off. Files are never rewritten for that; read_rows and read_samples skip what
+was cut off and keep the last version of each row.
+"""
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lab import models, parallel
+from lab.specialist import save_atomically
+
+# Flags that may differ between a run and its --resume. How many rollouts or tokens are in memory at a time changes results
+# by rounding only.
+MAY_CHANGE = {"setting", "arms", "out", "resume", "seeds", "device", "updates", "memory", "rollout_batch", "micro_tokens", "checkpointing"}
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    return Path(args.out) / args.arm / f"seed-{args.seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows and samples
+
+
+def append_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Append JSON lines, on a new line even if the last one was cut off."""
+    if not parallel.is_main():
+        return
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl in the order of their updates, the last version of each."""
+    return _read_last(path, lambda row: row["update"])
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The rows of a samples.jsonl, the last version of each."""
+    return _read_last(path, lambda row: (row["update"], row["who"], row["question"]))
+
+
+def _read_last(path: Path, key: Callable[[dict], Hashable]) -> list[dict]:
+    rows: dict[Hashable, dict] = {}
+    # Not splitlines, which also splits at rarer characters that a model may write.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # empty, or cut off when the run was interrupted
+        rows[key(row)] = row
+    return sorted(rows.values(), key=lambda row: row["update"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Begin, save, resume
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Raises ValueError rather than write over a run, or resume it with other flags or on another base."""
+    folder, config = run_folder(args), run_folder(args) / "config.json"
+    if folder.exists() and not args.resume:
+        raise ValueError(f"{folder} already holds a run: continue it with --resume, choose another --out, or remove it")
+    if (folder / "metrics.jsonl").is_file() and not (folder / "state.pt").is_file():
+        raise ValueError(f"{folder} holds rows but no state.pt to resume from: choose another --out, or remove it")
+    if config.is_file():
+        before = json.loads(config.read_text())["flags"]
+        changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+            raise ValueError(f"{folder} was begun with {flags}: resume it with the same, or choose another --out")
+
+
+def write_config(args: argparse.Namespace) -> None:
+    """config.json: every flag, and what tells one machine's run from another's."""
+    if not parallel.is_main():
+        return
+    run_folder(args).mkdir(parents=True, exist_ok=True)
+    on_gpu = args.device.startswith("cuda")
+    config = {
+        "flags": vars(args),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "tokenizers")},
+        "commit": CODE,
+    }
+    (run_folder(args) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def describe_code() -> str | None:
+    """The commit of this code, with "-dirty" if files differ from it; None without git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+CODE = describe_code()  # when the code is loaded, because files may change while a long run goes on
+
+
+def save_checkpoint(folder: Path, update: int, senior, optimizer) -> None:
+    """The adapter and, last of all, the state after an update: an interruption leaves the state of the update before."""
+    if parallel.is_main():
+        senior.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        state = {"update": update, "adapter": models.adapter_state(senior), "optimizer": optimizer.state_dict()}
+        save_atomically(state, folder / "state.pt")
+
+
+def load_checkpoint(folder: Path, senior, optimizer) -> int | None:
+    """Load the last state, if there is one, and return the number of its update."""
+    if not (folder / "state.pt").is_file():
+        return None
+    # To the CPU first: from there every tensor goes to the device of its parameter.
+    state = torch.load(folder / "state.pt", map_location="cpu")
+    models.load_adapter(senior, state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["update"]
+
+
+def is_finished(args: argparse.Namespace) -> bool:
+    """Whether the last update of a run is on disk, or its training diverged."""
+    state = run_folder(args) / "state.pt"
+    if (run_folder(args) / "stopped.txt").is_file():
+        return True
+    return state.is_file() and torch.load(state, map_location="cpu")["update"] >= args.updates
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several runs, one after the other
+
+
+class Diverged(Exception):
+    """Training diverged. The last checkpoint is kept."""
+
+
+def check_divergence(row: dict, args: argparse.Namespace, vocab_size: int) -> None:
+    """Raises Diverged before a step that is not finite, or if wrong rollouts have been pushed away too far (c < 0).
+
+    Pushing away has no lower bound: log pi of what the junior wrote may fall for ever. It is too far when the tokens of
+    wrong rollouts are, in their geometric mean, less likely than under a uniform distribution: 1 / V.
+    """
+    remedy = f"The last checkpoint, after update {row['update'] - 1}, is kept in {run_folder(args)}. "
+    remedy += "Start again in another --out with a smaller --lr, or a --wrong-weight nearer to 0"
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        raise Diverged(f"update {row['update']}: loss {row['loss']}, gradient norm {row['grad_norm']}. {remedy}")
+    wrong = row["logprob_wrong"]
+    if args.wrong_weight < 0 and wrong is not None and wrong < -math.log(vocab_size):
+        raise Diverged(f"update {row['update']}: wrong rollouts are pushed away without bound ({wrong:.1f} nats per token). {remedy}")
+
+
+def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace], None]) -> list[str]:
+    """Train every run that is not finished, and say how long the rest will take. Returns why training diverged, if it did."""
+    todo, started = [args for args in runs if not is_finished(args)], time.time()
+    for done, args in enumerate(todo, 1):
+        try:
+            train(args)
+        except Diverged as reason:
+            print(reason)
+            if parallel.is_main():
+                (run_folder(args) / "stopped.txt").write_text(f"{reason}\n")
+        minutes = (time.time() - started) / done * (len(todo) - done) / 60
+        print(f"{done} of {len(todo)} runs finished, about {minutes:.0f} minutes left\n")
+    reasons = [run_folder(args) / "stopped.txt" for args in runs]
+    return [path.read_text().strip() for path in reasons if path.is_file()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run prints
+
+
+def log_row(row: dict) -> None:
+    """One line per update."""
+    line = f"{row['update']:6d}  "
+    if "reward" in row:
+        line += f"reward {row['reward']:.2f}  senior's share {row['senior_share']:4.0%}  handoffs {row['handoffs']:4.1f}  "
+        learned = row["loss"] is not None
+        line += f"loss {row['loss']:+.3f}  gradient {row['grad_norm']:.3f}  " if learned else "no rollout to learn from: skipped  "
+        line += f"{row['tokens']} tokens  {row['seconds_rollout']:.1f} + {row['seconds_update']:.1f} s"
+    for who, cell in row.get("eval", {}).items():
+        line += f" | {who} accuracy {cell['accuracy']:.2f} jargon {cell['jargon']:.2f}"
+    tqdm.write(line)
+
+
+def log_rollout(spans: list[tuple[str, str]]) -> None:
+    """One rollout on one line, the junior's words underlined on a terminal and in [brackets] elsewhere."""
+    opening, closing = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    text = "".join(text if author == "senior" else f"{opening}{text}{closing}" for author, text in spans)
+    tqdm.write(f"         {text}".replace("\n", " ⏎ "))
