@@ -1,9 +1,10 @@
 """Co-generation: two models, two prompts, two key-value caches, one text.
 
-At every step t each model m in {senior, junior} samples its own candidate for the next token, under its own prompt x_m
-and after the same text y_<t. The handoff (tandem.py) keeps one of the two (West et al., 2025):
+At every step t each of the two models samples its own candidate for the next token, under its own prompt x and after the
+same text y_<t. The handoff (tandem.py) decides who is active, and keeps that model's candidate (West et al., 2025):
 
-    y_t^m ~ pi_m( . | x_m, y_<t ; T)           y_t = y_t^senior if the senior is active, else y_t^junior
+    y_t^senior ~ pi_senior( . | x_senior, y_<t ; T)        y_t = y_t^senior if the senior is active at step t
+    y_t^junior ~ pi_junior( . | x_junior, y_<t ; T)              y_t^junior otherwise
 
     symbol                  variable
     x_senior, x_junior      senior_prompts, junior_prompts: left-padded (ids, mask), (B, P) each, with different P
@@ -13,11 +14,11 @@ and after the same text y_<t. The handoff (tandem.py) keeps one of the two (West
 
 The file begins with the algorithm for a single rollout, without a cache and without a batch. After it comes the same for a
 batch: preallocated key-value caches, finished rows that leave the batch, and one forward pass for both models where the
-junior is the senior's own base. A test holds the two equal, token by token.
+junior is the senior's own base. A test checks that the two agree, token by token.
 
-Random numbers are drawn before the first token: one per row, step and model for sampling, one per row and toss for the
-coins. A row's text therefore does not depend on which other rows are in the batch, and with p = 1 it is exactly what the
-senior writes alone. There is no top-k or top-p sampling here: the log-probabilities in the loss would be wrong.
+All random numbers are drawn before the first token, for every row, step and model, and for every row and coin. So, up to
+rounding, a row's text does not depend on which other rows are in the batch, and with p = 1 it is exactly what the senior
+writes alone. There is no top-k or top-p sampling here, because the loss computes log-probabilities under the full softmax.
 """
 
 import itertools
@@ -35,15 +36,19 @@ from tandem import BoundaryTables, Handoff, opens_word
 
 @dataclass
 class Pair:
-    """The two models and what they share. Both have the same vocabulary of V tokens (lab/models.py loads and checks them)."""
+    """The two models and what they share: a vocabulary of V tokens. lab/models.py loads and checks them."""
 
-    senior: torch.nn.Module  # trained
-    junior: torch.nn.Module  # frozen; any callable with the interface of a causal language model
-    senior_tokenizer: object  # one vocabulary, but perhaps two chat templates
+    # The senior is trained. The junior is frozen, and may be any callable with the interface of a causal language model.
+    senior: torch.nn.Module
+    junior: torch.nn.Module
+    # One vocabulary, but perhaps two chat templates.
+    senior_tokenizer: object
     junior_tokenizer: object
-    end_ids: list[int]  # tokens with which either model ends a text
-    pieces: list[bytes]  # the bytes that each token writes (tandem.token_bytes)
-    tables: BoundaryTables  # the same as boolean tables (tandem.build_tables)
+    # Tokens that end a completion, whichever model writes them.
+    end_ids: list[int]
+    # The bytes that each token writes (tandem.token_bytes), and the tables that are built from them (tandem.build_tables).
+    pieces: list[bytes]
+    tables: BoundaryTables
 
 
 @dataclass
@@ -54,9 +59,13 @@ class Rollouts:
     prompt_mask: torch.Tensor  # (B, P)
     completion_ids: torch.Tensor  # (B, C), the end token included, padded on the right
     completion_mask: torch.Tensor  # (B, C)
-    senior_mask: torch.Tensor  # (B, C), 1 where the senior wrote the token
-    logprobs: torch.Tensor  # (B, C), the senior's log-probabilities at the sampling temperature; 0 where it was never run
-    texts: list[str]  # the B completions as text, without special tokens
+    # (B, C), 1 where the senior wrote the token.
+    senior_mask: torch.Tensor
+    # (B, C), the senior's log-probability of every written token, the junior's tokens included, at the sampling temperature.
+    # All 0 if the senior was never run (p = 0). They have no gradient and serve as diagnostics.
+    logprobs: torch.Tensor
+    # The B completions as text, without special tokens.
+    texts: list[str]
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -76,16 +85,17 @@ class Rollouts:
         The bytes of neighbouring tokens by one author are joined before they are decoded, because a token alone need not
         be valid text (pieces: tandem.token_bytes).
         """
-        spans = []
+        all_spans = []
         for ids, by_senior, real in zip(self.completion_ids, self.senior_mask, self.completion_mask.bool()):
-            text_by_author: list[tuple[str, bytes]] = []
+            spans: list[tuple[str, bytes]] = []
             for token, is_senior in zip(ids[real].tolist(), by_senior[real].tolist()):
                 author, before = ("senior" if is_senior else "junior"), b""
-                if text_by_author and text_by_author[-1][0] == author:
-                    before = text_by_author.pop()[1]
-                text_by_author.append((author, before + pieces[token]))
-            spans.append([(author, text.decode(errors="replace")) for author, text in text_by_author if text])
-        return spans
+                # The same author as before continues the last span.
+                if spans and spans[-1][0] == author:
+                    before = spans.pop()[1]
+                spans.append((author, before + pieces[token]))
+            all_spans.append([(author, text.decode(errors="replace")) for author, text in spans if text])
+        return all_spans
 
 
 def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +108,7 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
     >>> [sample(logits, torch.tensor([u]), 1.0)[0].item() for u in (0.0, 0.2, 0.3, 0.9)]
     [0, 0, 1, 1]
     """
-    # Half precision is not enough: sums over a large vocabulary would lose whole tokens.
+    # In half precision small probabilities would vanish in the cumulative sum, and those tokens could never be drawn.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1), logits.log_softmax(-1)
@@ -106,6 +116,7 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
     cumulative = logprobs.exp().cumsum(-1)  # (B, V)
     # The last entry is 1 only up to rounding, so the random number is scaled to it.
     threshold = noise.to(cumulative.dtype)[:, None] * cumulative[:, -1:]  # (B, 1)
+    # The first token whose cumulative probability exceeds the threshold; "right" skips tokens of probability 0.
     ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # (B,)
     return ids.clamp(max=logits.shape[1] - 1), logprobs
 
@@ -113,8 +124,8 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
 def random_numbers(batch: int, max_new_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(noise (2, C, B), coins (C, B)), uniform in [0, 1): for sampling by the two models, and for the coins.
 
-    Two generators, so that the candidates of a step are the same whatever p is. (torch's CPU generator keeps 32 bits of a
-    seed, so seed and seed + 2**32 give the same numbers.)
+    Two generators, so that the random numbers for sampling are the same whatever p is. The steps C come first, because a step
+    reads one row of each. (torch's CPU generator keeps 32 bits of its seed, so seeds must stay below 2**31.)
     """
     for_tokens, for_coins = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
     noise = torch.rand(2, max_new_tokens, batch, generator=for_tokens)
@@ -160,79 +171,74 @@ def reference_rollout(
 
 @torch.no_grad()
 def rollout(
-    pair: Pair,
-    senior_prompts: tuple[torch.Tensor, torch.Tensor],
-    junior_prompts: tuple[torch.Tensor, torch.Tensor],
-    noise: torch.Tensor,
-    coins: torch.Tensor,
-    *,
-    schedule: str = "word",
-    p: float = 0.5,
-    temperature: float = 0.7,
-    max_rows: int | None = None,
-    stop: str | None = None,
+    pair: Pair, senior_prompts, junior_prompts, noise: torch.Tensor, coins: torch.Tensor, *, schedule="word", p=0.5, temperature=0.7
 ) -> Rollouts:
     """Let senior and junior write B completions of at most C tokens together.
 
     *_prompts: left-padded (ids, mask), (B, P) each; P may differ. noise (2, C, B) and coins (C, B): see random_numbers.
-    p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the senior never is.
-    max_rows: how many rollouts are in memory at a time (default: all B). This changes results by rounding only.
-    stop: a completion ends before this text (see truncate). Raises ValueError for prompts of different number.
+    p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the senior never is. The
+    models must not use dropout (lab/models.py turns it off). Raises ValueError if the numbers of prompts differ.
     """
-    if len(senior_prompts[0]) != len(junior_prompts[0]):
-        raise ValueError(f"{len(senior_prompts[0])} prompts for the senior, {len(junior_prompts[0])} for the junior: give one each")
-    chunks = []
-    for rows in torch.arange(len(senior_prompts[0])).split(max_rows or len(senior_prompts[0])):
-        prompts = [trim_left(ids[rows], mask[rows]) for ids, mask in (senior_prompts, junior_prompts)]
-        chunks.append(_rollout_chunk(pair, *prompts, noise[:, :, rows], coins[:, rows], schedule, p, temperature))
-    rollouts = join(chunks)
-    return rollouts if stop is None else truncate(rollouts, stop, pair)
-
-
-def _rollout_chunk(
-    pair: Pair, senior_prompts, junior_prompts, noise: torch.Tensor, coins: torch.Tensor, schedule: str, p: float, temperature: float
-) -> Rollouts:
-    """The B rollouts of one chunk, all in memory at once. Shapes as in `rollout`."""
-    device, max_new_tokens = senior_prompts[0].device, len(coins)
+    batch, max_new_tokens, device = len(senior_prompts[0]), len(coins), senior_prompts[0].device
+    if len(junior_prompts[0]) != batch:
+        raise ValueError(f"{batch} prompts for the senior, {len(junior_prompts[0])} for the junior: give one each")
     noise, coins = noise.to(device), coins.to(device)
     handoff = Handoff(pair.tables, schedule, p, coins)
-    buffer = RolloutBuffer(len(senior_prompts[0]), max_new_tokens, pair.end_ids, device)
+    buffer = RolloutBuffer(batch, max_new_tokens, pair.end_ids, device)
     decoders, roles = make_decoders(pair, senior_prompts, junior_prompts, max_new_tokens, p)
 
     for t in range(max_new_tokens):
-        # 1. Every model that takes part samples a candidate. With a single writer, its sample is passed for both.
-        logits = [part for decoder in decoders for part in decoder.logits]  # (B, V) per role
-        samples = [sample(part, noise[role, t, buffer.rows], temperature) for role, part in zip(roles, logits)]
+        # 1. Every model that takes part samples a candidate. A row keeps its own random numbers when others leave the batch.
+        logits_by_role = [logits for decoder in decoders for logits in decoder.logits]  # (B, V) per role
+        samples = [sample(logits, noise[role, t, buffer.rows], temperature) for role, logits in zip(roles, logits_by_role)]
+        # 2. The handoff keeps one of the two. If only one model takes part, its sample is passed as both.
         (senior_ids, senior_logprobs), (junior_ids, _) = samples[0], samples[-1]
-        # 2. The handoff keeps one of the two, and its author is recorded.
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
+        # 3. Tokens and authors are recorded. A finished row goes on sampling until it is dropped; its tokens are masked here.
         buffer.append(t, ids, by_senior, senior_logprobs if SENIOR in roles else None)
-        # 3. Finished rows leave the batch from time to time.
-        index = buffer.unfinished_rows(t)
+        # 4. From time to time, finished rows are dropped from the batch.
+        index = buffer.rows_to_keep(t)
         if index is not None:
             if len(index) == 0:
                 break
             ids = ids[index]
-            for part in (buffer, handoff, *decoders):
-                part.select_rows(index)
-        # 4. Every model reads the token that was written, whoever wrote it.
+            for state in (buffer, handoff, *decoders):
+                state.select_rows(index)
+        # 5. Every model reads the written token, whichever model wrote it. After the last one there is nothing to predict.
         if t + 1 < max_new_tokens:
             for decoder in decoders:
                 decoder.step(ids)
-    return buffer.rollouts(senior_prompts, pair.senior_tokenizer)
+    return buffer.finish(senior_prompts, pair.senior_tokenizer)
 
 
-SENIOR, JUNIOR = 0, 1  # roles, as indices into noise
+def rollout_in_chunks(
+    pair: Pair, senior_prompts, junior_prompts, noise: torch.Tensor, coins: torch.Tensor, *, max_rows: int, truncate_at: str, **options
+) -> Rollouts:
+    """`rollout` with at most `max_rows` rollouts in memory at a time, and the text from `truncate_at` on removed.
+
+    options: schedule, p and temperature. The size of the chunks changes results by rounding only.
+    """
+    chunks = []
+    for rows in torch.arange(len(senior_prompts[0])).split(max_rows):
+        prompts = [trim_left(ids[rows], mask[rows]) for ids, mask in (senior_prompts, junior_prompts)]
+        chunks.append(rollout(pair, *prompts, noise[:, :, rows], coins[:, rows], **options))
+    return truncate(join(chunks), truncate_at, pair)
+
+
+# Roles, as indices into the random numbers.
+SENIOR, JUNIOR = 0, 1
 
 
 def make_decoders(pair: Pair, senior_prompts, junior_prompts, max_new_tokens: int, p: float) -> tuple[list["CachedDecoder"], list[int]]:
-    """The decoders that p calls for, and the roles whose logits they give, in order."""
+    """The decoders needed for this p, and the roles whose logits they give, in order."""
+    # A model that never writes need not read either.
     if p == 1:
         return [CachedDecoder(pair.senior, *senior_prompts, max_new_tokens)], [SENIOR]
     if p == 0:
         return [CachedDecoder(pair.junior, *junior_prompts, max_new_tokens)], [JUNIOR]
     if hasattr(pair.junior, "beside_senior"):
-        # One copy of the weights: a single forward pass over the rows of both models, the senior's first.
+        # The junior is the senior's base with the adapter off (lab/models.SharedJunior). One forward pass over 2B rows serves
+        # both: the adapter is on for the first B rows, the senior's, and off for the others.
         width = max(senior_prompts[0].shape[1], junior_prompts[0].shape[1])
         padded = [[functional.pad(x, (width - x.shape[1], 0)) for x in prompts] for prompts in (senior_prompts, junior_prompts)]
         ids, mask = (torch.cat(parts) for parts in zip(*padded))  # (2B, P) each
@@ -251,9 +257,11 @@ class CachedDecoder:
         rows, width = prompt_ids.shape
         self.model, self.num_roles, self.length = model, num_roles, 0
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + max_new_tokens))
+        # Every later token is visible, so the mask can be allocated now. What a finished row reads does not matter.
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
-        self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1), of the next token: padding takes no position
-        # Prefill: all prompt tokens in one pass.
+        # The position of the next token. Padding does not count, or rows would depend on the longest prompt of their batch.
+        self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1)
+        # Prefill: the whole prompts in one pass. (The positions of padding, -1 before the clamp, are masked.)
         self._forward(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
 
     def step(self, ids: torch.Tensor) -> None:
@@ -275,6 +283,7 @@ class CachedDecoder:
 
     def select_rows(self, index: torch.Tensor) -> None:
         batch = len(self.mask) // self.num_roles
+        # Row i of role r is row i + r * batch of the decoder.
         index = torch.cat([index + role * batch for role in range(self.num_roles)])
         self.mask, self.position = self.mask[index], self.position[index]
         self.cache.batch_select_indices(index)
@@ -283,31 +292,35 @@ class CachedDecoder:
 class RolloutBuffer:
     """The completions while they are being written: B rows of C columns, filled column by column."""
 
-    CHECK_EVERY = 4  # looking for finished rows forces a GPU synchronisation, so it happens every 4 steps
-    COMPACT_AT = 0.8  # compaction copies the key-value cache, so it waits until 20 % of the batch has finished
+    # Looking for finished rows forces a GPU synchronisation, so it happens every 4 steps.
+    CHECK_EVERY = 4
+    # Compaction copies the key-value cache, so it waits until 20 % of the remaining rows have finished.
+    COMPACT_AT = 0.8
 
     def __init__(self, batch: int, max_new_tokens: int, end_ids: list[int], device: torch.device):
         self.end_ids = torch.tensor(end_ids, device=device)
         # Padding could be any id: masks are recorded, never guessed from ids.
         self.ids = self.end_ids[0].repeat(batch, max_new_tokens)  # (B, C)
         self.mask, self.senior_mask = torch.zeros_like(self.ids), torch.zeros_like(self.ids)  # (B, C)
+        # float64 holds what any model computes, also the double-precision models of the tests.
         self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)  # (B, C)
-        self.rows = torch.arange(batch, device=device)  # (b,) the rollouts that are still in the batch
-        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # (b,) of these, those without an end token
+        # The b rollouts that are still in the batch, and which of them have no end token yet.
+        self.rows = torch.arange(batch, device=device)  # (b,)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # (b,)
 
     def append(self, t: int, ids: torch.Tensor, by_senior: torch.Tensor, senior_logprobs: torch.Tensor | None) -> None:
-        """Write column t of the b rows in the batch: ids (b,), authors (b,), the senior's log-probabilities (b, V)."""
+        """Fill column t of the b rows in the batch: ids (b,), authors (b,), the senior's log-probabilities (b, V)."""
         self.ids[self.rows, t] = torch.where(self.unfinished, ids, self.end_ids[0])
         self.mask[self.rows, t] = self.unfinished.long()
         self.senior_mask[self.rows, t] = (self.unfinished & by_senior).long()
         if senior_logprobs is not None:
             written = senior_logprobs.gather(1, ids[:, None])[:, 0].double()
             self.logprobs[self.rows, t] = torch.where(self.unfinished, written, 0.0)
-        # The end token itself has been recorded above; only what would follow it is padding.
+        # The end token itself was recorded above with its author; only what would follow it is padding.
         self.unfinished = self.unfinished & ~torch.isin(ids, self.end_ids)
 
-    def unfinished_rows(self, t: int) -> torch.Tensor | None:
-        """The rows to keep (b',) if finished rows are to leave the batch after step t, else None. Empty if all are finished."""
+    def rows_to_keep(self, t: int) -> torch.Tensor | None:
+        """Indices of the unfinished rows if it is time to compact the batch after step t, else None."""
         if t % self.CHECK_EVERY != self.CHECK_EVERY - 1:
             return None
         index = self.unfinished.nonzero()[:, 0]
@@ -316,14 +329,18 @@ class RolloutBuffer:
     def select_rows(self, index: torch.Tensor) -> None:
         self.rows, self.unfinished = self.rows[index], self.unfinished[index]
 
-    def rollouts(self, prompts: tuple[torch.Tensor, torch.Tensor], tokenizer) -> Rollouts:
+    def finish(self, prompts: tuple[torch.Tensor, torch.Tensor], tokenizer) -> Rollouts:
+        # Drop the columns that no rollout has reached.
         length = int(self.mask.sum(1).max())
         columns = [x[:, :length] for x in (self.ids, self.mask, self.senior_mask, self.logprobs)]
         return Rollouts(*prompts, *columns, decode(columns[0], columns[1], tokenizer))
 
 
 class PreallocatedLayer(DynamicLayer):
-    """The key-value cache of one layer, allocated once. The stock DynamicCache concatenates, and so copies, at every step."""
+    """The key-value cache of one layer, allocated once. The stock DynamicCache concatenates, and so copies, at every step.
+
+    It overrides the two methods of transformers' DynamicLayer that decoding uses, and keeps `keys` and `values` as it does.
+    """
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -341,6 +358,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        # Only the filled part is copied.
         for i, old in enumerate(self.buffers):
             self.buffers[i] = old.new_empty(len(indices), *old.shape[1:])
             self.buffers[i][:, :, : self.length] = old[indices, :, : self.length]
@@ -362,7 +380,7 @@ def decode(ids: torch.Tensor, mask: torch.Tensor, tokenizer) -> list[str]:
 
 
 def join(parts: list[Rollouts]) -> Rollouts:
-    """Concatenate batches. Prompts are padded on the left to the longest, completions on the right."""
+    """One batch out of several. Prompts are padded on the left to the longest of all, completions on the right."""
 
     def concatenate(name: str, left: bool) -> torch.Tensor:
         tensors = [getattr(part, name) for part in parts]
@@ -377,8 +395,8 @@ def join(parts: list[Rollouts]) -> Rollouts:
 def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
     """End every completion before the text `stop`: the token in which it begins, and all after it, become padding.
 
-    A model that was shown solved examples may go on with a question of its own after its answer. That is neither read by
-    the verifier nor learned from: it leaves the masks of the loss, and with them the counts of tokens.
+    A model that was shown solved examples may continue after its answer by inventing another question. The verifier does
+    not see it, and it is masked out of the loss and of all counts of tokens, so that running on is not reinforced.
     """
     mask = rollouts.completion_mask.clone()  # (B, C)
     for row in range(len(rollouts)):

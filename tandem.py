@@ -1,26 +1,36 @@
-"""The handoff: where may the writer change, and who writes the next token?
+"""The handoff: at which tokens may the writer change, and who writes the next token?
 
 In tandem training (West et al., 2025) a trained *senior* and a frozen, weaker *junior* write one solution together. At
-every step both models sample a candidate for the next token, each under its own prompt. One of the two is *active*, and
-its candidate is written. Whenever the active model's candidate opens a new word, a coin first decides who is active from
-here on; it names the senior with probability p. A trace with p = 0.5, token by token:
+every step both models sample a candidate for the next token, each under its own prompt. One of the two is *active*: its
+candidate is written, and it is recorded as the author of the token. Whenever the active model's candidate opens a new
+word, a coin is tossed first. It names who is active from then on: the senior with probability p, else the junior. A trace
+with p = 0.5, token by token:
 
-    senior's sample   junior's sample   opens a word?   coin     written   author
-    "Tom"             "He"              yes (first)     senior   "Tom"     senior
-    "my"              " has"            no              -        "my"      senior
-    " sells"          " has"            yes             junior   " has"    junior   (" sells" is discarded)
-    " 48"             " 4"              yes             junior   " 4"      junior
-    "/"               "8"               no              -        "8"       junior
-    "/"               " clips"          yes             junior   " clips"  junior
+    active    senior's   junior's   active model's       coin     written    author
+    before    sample     sample     opens a word?
+    -         "Tom"      "He"       yes (first token)    senior   "Tom"      senior
+    senior    "my"       " has"     no                   -        "my"       senior
+    senior    " sells"   " has"     yes                  junior   " has"     junior    (" sells" is discarded)
+    junior    " 48"      " 4"       yes                  junior   " 4"       junior
+    junior    "/"        "8"        no                   -        "8"        junior
+    junior    "/"        " clips"   yes                  junior   " clips"   junior
 
-In row 3 the senior was active and its own sample opened a word, but the coin named the junior. Such a discarded sample
-has influenced the outcome (it triggered the coin) without being part of the text. That is why scoring only the written
-tokens gives an approximate policy gradient under the schedules `word`, `sentence` and `paragraph`. Under `token` and
-`redraw` the coin depends only on text that is already written, and the gradient is exact (tests/test_gradients.py
-enumerates a small case of each).
+There are five schedules, which differ in when the coin is tossed:
 
-The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary that give the
-same answers for token ids; and the handoff for a batch. It does not sample or run models (rollout.py does).
+    token       before every token
+    word        before a token that opens a word (the paper's, and the default)
+    sentence    before a token that begins a sentence or a line
+    paragraph   before a token that begins a line (the paragraphs of a GSM8K solution are its lines)
+    redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
+
+In the third row of the trace the senior was active, and its own sample " sells" caused the toss, but is not part of the
+text. How often that happens depends on the senior's weights, yet no written token accounts for it. A loss over written
+tokens therefore gives only an approximate policy gradient under `word`, `sentence` and `paragraph`. Under `token` and
+`redraw` the tosses depend only on text that is already written, and the gradient is exact. tests/test_gradients.py checks
+both by enumerating every path of a small pair of models.
+
+The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary, which give the
+same answers for token ids; and the handoff for a batch. Models are run and sampled in rollout.py.
 """
 
 import unicodedata
@@ -37,10 +47,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def is_word_character(character: str) -> bool:
-    """Letters, combining marks and decimal digits join into words; everything else does not.
+    """Letters, combining marks and decimal digits join into words; everything else stands alone.
 
-    Ideographs and kana are letters to Unicode, but each of them counts as a word of its own, because Chinese and Japanese
-    are written without spaces.
+    Punctuation never joins, so "don't" has a boundary on either side of its apostrophe, and in <<48/2=24>> nearly every
+    token may be the other model's first. Ideographs and kana are letters to Unicode, but each of them counts as a word of
+    its own, because Chinese and Japanese are written without spaces.
     """
     category = unicodedata.category(character)
     if category[0] not in "LM" and category != "Nd":
@@ -50,16 +61,16 @@ def is_word_character(character: str) -> bool:
 
 
 def opens_word(before: str, piece: str) -> bool:
-    """Whether the token that reads `piece` opens a new word after the text `before`.
+    """Whether the token whose text is `piece` opens a new word after the text `before`.
 
-    The first token opens a word, and so does the end of the sequence (an empty piece). A token that continues letters,
-    marks or digits with letters, marks or digits does not. Neither does a token after an incomplete UTF-8 character,
-    which decodes to U+FFFD: the writer cannot change in the middle of a character.
+    A token that continues letters, marks or digits with letters, marks or digits does not open a word. If the text ends in
+    an incomplete UTF-8 character (U+FFFD after decoding), no token opens a word, because the character would be split. The
+    first token opens a word. The end token has no text and always opens one, so a coin also decides who may end the text.
 
     >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/"), opens_word("/", "2")
     (True, False, True, True)
     """
-    # Open in paper: the exact word-boundary rule.
+    # Open in paper: the exact word-boundary rule. This one is ours.
     if not before:
         return True
     if before[-1] == "\ufffd":
@@ -70,8 +81,8 @@ def opens_word(before: str, piece: str) -> bool:
 def next_token(before: str, active: str | None, senior_sample: str, junior_sample: str, coin: str) -> tuple[str, str]:
     """One step of the word schedule: returns the text that is written and its author, who is then the active model.
 
-    `active` is the author of the last token, or None before the first. `coin` is the name that the coin would show; it
-    counts only if the active model's sample opens a word. The trace in the docstring of this file:
+    `active` is the author of the last token, or None before the first. `coin` is the outcome of the coin; it counts only if
+    the coin is tossed. This is the trace at the top of the file:
 
     >>> steps = [("Tom", "He", "senior"), ("my", " has", "junior"), (" sells", " has", "junior"),
     ...          (" 48", " 4", "junior"), ("/", "8", "senior"), ("/", " clips", "junior")]
@@ -88,7 +99,7 @@ def next_token(before: str, active: str | None, senior_sample: str, junior_sampl
     junior 'Tommy has 48 clips'
     """
     samples = {"senior": senior_sample, "junior": junior_sample}
-    # Open in paper: who writes the first token. A coin decides, as at every other boundary.
+    # Open in paper: who writes the first token. Here a coin decides, as at every other boundary.
     if active is None or opens_word(before, samples[active]):
         active = coin
     return samples[active], active
@@ -97,25 +108,25 @@ def next_token(before: str, active: str | None, senior_sample: str, junior_sampl
 # ----------------------------------------------------------------------------------------------------------------------
 # The same rule as tables over the vocabulary
 #
-# A batch cannot decode strings at every step. Whether a token opens a word depends only on the character that it begins
-# with and on the character that the text ends in, so a few boolean tables with one entry per token, built once, are
-# enough: a step is then a handful of table lookups on the device.
+# Decoding strings at every step of a batch would be slow. Whether a token opens a word depends only on its first character
+# and on the last character of the text. So a few boolean tables with one entry per token, built once, are enough, and a
+# step is a handful of lookups on the device.
 
 
 @dataclass
 class BoundaryTables:
     """What the schedules need to know about each token: tensors of shape (V,), boolean except `missing_bytes`."""
 
-    starts_word: torch.Tensor  # its first character is a word character
-    ends_word: torch.Tensor  # its last character is a word character
-    continues_character: torch.Tensor  # it only holds later bytes of a character that an earlier token began
-    missing_bytes: torch.Tensor  # bytes that its last character still needs; if it continues one: minus the bytes it adds
+    first_is_word_character: torch.Tensor  # the token's first character joins words (is_word_character)
+    last_is_word_character: torch.Tensor  # its last character does
+    continues_character: torch.Tensor  # it holds nothing but later bytes of a character that an earlier token began
+    missing_bytes: torch.Tensor  # bytes that its last character still needs; negative if it only supplies such bytes
     starts_space: torch.Tensor  # it begins with a space, as " sold" does
     starts_blank: torch.Tensor  # it begins with white space of any kind, or is a special token
-    ends_blank: torch.Tensor  # it ends in white space, or in a full-width sentence mark, which needs none after it
-    is_blank: torch.Tensor  # it consists of white space
-    ends_line: torch.Tensor  # there is a line break in the white space at its end
-    ends_sentence: torch.Tensor  # the same, or there is a sentence mark before that white space
+    ends_blank: torch.Tensor  # it ends in white space, or in a full-width sentence mark, after which no space is needed
+    is_blank: torch.Tensor  # it is nothing but white space
+    ends_line: torch.Tensor  # it ends in white space that includes a line break
+    ends_sentence: torch.Tensor  # it ends a line, or ends in a sentence mark with or without white space after it
 
     def to(self, device: torch.device | str) -> "BoundaryTables":
         return BoundaryTables(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -124,13 +135,14 @@ class BoundaryTables:
 def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
     """The bytes that each id writes: a list of length V (`vocab_size`, the width of the logits).
 
-    Special tokens and ids without a token write nothing. Two spellings are understood: byte-level BPE (GPT-2, Llama 3,
-    Qwen), in which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is a space and
-    "<0xE4>" a single byte. Raises ValueError if neither spells a short test sentence: without spaces there are no words.
+    Special tokens and unused ids write nothing. Two encodings are supported: byte-level BPE (GPT-2, Llama 3, Qwen), in
+    which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is a space and "<0xE4>" a single
+    byte. Raises ValueError if a short test sentence does not come out as it went in.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
     special_ids = set(tokenizer.all_special_ids)
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    # Byte-level BPE never writes "▁" itself, whose three bytes it spells separately.
     is_sentencepiece = any(token.startswith("▁") for token in tokens if token)
 
     def spell(token: str) -> bytes:
@@ -144,14 +156,13 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
     pieces = [b"" if token is None or i in special_ids else spell(token) for i, token in enumerate(tokens)]
     pieces += [b""] * (vocab_size - len(pieces))
 
-    # The test sentence: tokenize, spell, compare.
+    # Some tokenizers drop spaces, without which there are no words. (SentencePiece adds one at the start, hence strip.)
     sentence = "A word, 48 words"
     ids = tokenizer(sentence, add_special_tokens=False).input_ids
     if b"".join(pieces[i] for i in ids).strip() != sentence.encode():
-        raise ValueError(
-            f"no word boundaries can be derived from {type(tokenizer).__name__} ({tokenizer.name_or_path}): its tokens "
-            "do not spell their spaces. Use a model with a byte-level BPE or SentencePiece tokenizer."
-        )
+        name = f"{type(tokenizer).__name__} ({tokenizer.name_or_path})"
+        remedy = "Use a model with a byte-level BPE or SentencePiece tokenizer."
+        raise ValueError(f"no word boundaries can be derived from {name}: its tokens do not encode their spaces. {remedy}")
     return pieces
 
 
@@ -162,13 +173,14 @@ def build_tables(pieces: list[bytes]) -> BoundaryTables:
 
 
 def _table_row(piece: bytes) -> dict[str, bool | int]:
-    """The entries of one token. A special token, which writes no bytes, counts as a boundary on both sides."""
+    """The entries of one token. A special token, which writes no bytes, is a boundary on both sides: it belongs to no word."""
     text, continues_character, missing_bytes = _decode_piece(piece)
     stripped = text.rstrip()
     trailing_space = text[len(stripped) :]
+    # The word entries come from the definition itself, with the letter "a" as the neighbour on the other side.
     return {
-        "starts_word": not opens_word("a", text),
-        "ends_word": bool(text) and not opens_word(text, "a"),
+        "first_is_word_character": not opens_word("a", text),
+        "last_is_word_character": bool(text) and not opens_word(text, "a"),
         "continues_character": continues_character,
         "missing_bytes": missing_bytes,
         "starts_space": text.startswith(" "),
@@ -181,11 +193,11 @@ def _table_row(piece: bytes) -> dict[str, bool | int]:
 
 
 def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
-    """One token as (text, continues_character, missing_bytes), although a token need not be valid UTF-8.
+    """One token as (text, continues_character, missing_bytes). A token need not be valid UTF-8.
 
-    An incomplete character at the end is classified by its lead byte: it is completed with arbitrary continuation bytes.
-    Lead bytes tell letters from ideographs except for a few symbols (× has the same lead as é), so the guess is wrong only
-    where a tokenizer splits such a symbol.
+    An incomplete character at the end is classified by its lead byte, by completing it with arbitrary bytes. The lead byte
+    nearly always decides what kind of character it is. Exceptions, such as × (which has the same lead byte as é), matter
+    only where a tokenizer splits them.
     """
     # Leading continuation bytes (0x80 to 0xBF) complete the character of an earlier token.
     own = piece.lstrip(bytes(range(0x80, 0xC0)))
@@ -195,6 +207,7 @@ def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
     lead = max((i for i, byte in enumerate(own) if byte >= 0xC0), default=None)
     length = 0 if lead is None else {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[own[lead] >> 4]
     missing = 0 if lead is None else max(0, length - (len(own) - lead))
+    # Some lead bytes restrict the next byte (E0 needs A0 to BF, F0 needs 90 to BF, ED at most 9F); one of these fits each.
     for filler in (b"\xa0", b"\x80", b"\x90"):
         try:
             return (own + filler * missing).decode(), False, missing
@@ -207,8 +220,9 @@ def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
 # Schedules: when is a coin tossed?
 #
 # One function per schedule. It receives the state of the handoff and the active model's samples (B,), and returns a
-# boolean tensor (B,): is a coin tossed before this token? To add a schedule, write such a function and name it in
-# SCHEDULES; the command line, the runner's granularity setting and its figure read that dictionary.
+# boolean tensor (B,): is a coin tossed before this token is written? To add a schedule, write such a function and name it
+# in SCHEDULES. The command line and the setting `granularity` of run_gsm8k.py are built from that dictionary. A schedule
+# that needs to know more about the text adds a table above and a state tensor to Handoff.
 
 
 def before_every_token(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
@@ -217,35 +231,34 @@ def before_every_token(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
 def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
     """opens_word as a lookup."""
-    joins_word = state.after_word_character & state.tables.starts_word[samples]  # (B,)
+    joins_word = state.after_word_character & state.tables.first_is_word_character[samples]  # (B,)
     return ~joins_word & (state.missing_bytes == 0)
 
 
 def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
     """A sentence mark ends a sentence only if white space follows, so "3.5" does not end one. A line break always does."""
-    return state.sentence_over & _follows_blank(state, samples)
+    return state.sentence_over & _begins_after_blank(state, samples)
 
 
-def before_a_line(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """The paragraphs of a GSM8K solution are its lines."""
-    return state.line_over & _follows_blank(state, samples)
+def before_a_paragraph(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    return state.line_over & _begins_after_blank(state, samples)
 
 
 def after_a_space(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """Tandem RL (Jiao et al., 2026): redraw after a token that begins with a space, or `max_gap` tokens after the last redraw."""
+    """Tandem RL's redraw: the toss comes after the token " so", so a new writer may continue the word with "ld"."""
     return state.after_space | (state.since_toss >= state.max_gap)
 
 
-def _follows_blank(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """Whether the sample is text (not only white space) with white space before it. Needed to start a sentence or line."""
+def _begins_after_blank(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
+    """Whether the sample is visible text with white space before it, as a new sentence or line needs."""
     return ~state.tables.is_blank[samples] & (state.after_blank | state.tables.starts_blank[samples])
 
 
 SCHEDULES: dict[str, Callable[["Handoff", torch.Tensor], torch.Tensor]] = {
     "token": before_every_token,
-    "word": before_a_word,  # the default, and the paper's
+    "word": before_a_word,
     "sentence": before_a_sentence,
-    "paragraph": before_a_line,
+    "paragraph": before_a_paragraph,
     "redraw": after_a_space,
 }
 
@@ -254,7 +267,7 @@ SCHEDULES: dict[str, Callable[["Handoff", torch.Tensor], torch.Tensor]] = {
 
 
 class Handoff:
-    """The state of B rollouts that are being written: who is active in each, and what its text ends in.
+    """The state of B unfinished rollouts: who is active in each, and what its text ends in.
 
     coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and names the senior where
     it is below p. The coins have a random generator of their own, so that p = 1 gives exactly the senior's solo rollouts.
@@ -270,24 +283,28 @@ class Handoff:
         self.tables, self.needs_toss, self.max_gap = tables, SCHEDULES[schedule], max_gap
         self.coin_names_senior = coins < p  # (C, B)
 
-        # All tensors below have shape (B,).
+        # All state tensors have shape (B,).
         no, zero = torch.zeros(batch, dtype=torch.bool, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)  # which rollouts are still in the batch
-        self.senior_active = no
-        self.num_tosses, self.since_toss = zero, zero  # coins used so far; tokens written since the last one
-        self.at_start = ~no
-        # What the text ends in:
+        # Which columns of the coins belong to the rows that are still in the batch.
+        self.rows = torch.arange(batch, device=device)
+        # At the start nobody is active; the toss that at_start forces decides, whatever senior_active says.
+        self.at_start, self.senior_active = ~no, no
+        # Coins used so far, and tokens written since the last toss (the token that it was tossed for included).
+        self.num_tosses, self.since_toss = zero, zero
+        # What the text ends in: a word character; an incomplete character, which needs so many bytes.
         self.after_word_character, self.missing_bytes = no, zero
-        self.after_space, self.after_blank = no, no  # the last token began with a space; the text ends in white space
-        self.sentence_over, self.line_over = no, no  # it ends in a sentence mark or line break, perhaps with space after it
+        # Its last token began with a space; it ends in white space.
+        self.after_space, self.after_blank = no, no
+        # It ends in a sentence mark, or in a line break, with or without white space after it.
+        self.sentence_over, self.line_over = no, no
 
     def choose(self, senior_ids: torch.Tensor, junior_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decide on the next token. Both models have sampled a candidate, (B,) each.
+        """Choose the next token of every row. Both models have sampled a candidate, (B,) each.
 
         Returns the ids that are written, (B,), and whether the senior wrote them, (B,) boolean. This is next_token for a
         batch and for any schedule.
         """
-        # 1. Does the active model's own candidate call for a coin? At the start there is no active model yet.
+        # 1. Does the active model's own candidate call for a toss?
         active_ids = torch.where(self.senior_active, senior_ids, junior_ids)
         toss = self.at_start | self.needs_toss(self, active_ids)
         # 2. If so, the next unused coin of the row names the writer.
@@ -304,9 +321,11 @@ class Handoff:
         """Update what the text ends in after the tokens `written` (B,)."""
         tables = self.tables
         continues = tables.continues_character[written]
-        # A token that only completes a character leaves its class as the character's lead byte has decided it.
-        self.after_word_character = torch.where(continues, self.after_word_character, tables.ends_word[written])
-        self.missing_bytes = (tables.missing_bytes[written] + torch.where(continues, self.missing_bytes, 0)).clamp(min=0)
+        # A token that only completes a character does not change the flag that was set when its first byte was written.
+        self.after_word_character = torch.where(continues, self.after_word_character, tables.last_is_word_character[written])
+        # It supplies bytes of that character; any other token begins to count anew.
+        still_missing = torch.where(continues, self.missing_bytes, 0)
+        self.missing_bytes = (still_missing + tables.missing_bytes[written]).clamp(min=0)
         self.after_space, self.after_blank = tables.starts_space[written], tables.ends_blank[written]
         # White space after the end of a sentence or line does not begin a new one.
         is_blank = tables.is_blank[written]
@@ -317,6 +336,7 @@ class Handoff:
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep only the rows `index`; the other rollouts are finished."""
-        per_row = (name for name, value in vars(self).items() if isinstance(value, torch.Tensor) and value.dim() == 1)
-        for name in list(per_row):
-            setattr(self, name, getattr(self, name)[index])
+        for name, value in list(vars(self).items()):
+            # The coins (C, B) stay whole: `rows` says which of their columns are still needed.
+            if isinstance(value, torch.Tensor) and value.dim() == 1:
+                setattr(self, name, value[index])

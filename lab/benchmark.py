@@ -354,30 +354,23 @@ def memory_once(kind: dict, sizes: dict, device: str) -> dict[str, dict[str, flo
     kind: see MEMORY_PAIRS. sizes: see SMALL_RUN; they are cut to what the plan fits into 24 GiB. Runs in a process of its
     own.
     """
-    shape = shape_of(llama(kind["hidden"], kind["layers"]))
-    plan = Plan(
-        senior=shape,
-        junior=None if kind["shared"] else shape,
-        four_bit=True,
-        half_precision=device == "cuda",
-        rank=16,
-        checkpointing=kind["checkpointing"],
-        eight_bit_adam=False,
-    )
-    rollout_batch, micro_tokens = plan.fit(24 * GIB - RESERVE, **sizes)
+    shapes = [shape_of(llama(kind["hidden"], kind["layers"]))] * (1 if kind["shared"] else 2)
+    options = dict(four_bit=True, half_precision=device == "cuda", rank=16, checkpointing=kind["checkpointing"], eight_bit_adam=False)
+    plan = Plan(shapes, **options, prompt=sizes["prompt"], new=sizes["new"])
+    rollout_batch, micro_tokens = plan.fit(24 * GIB - RESERVE, sizes["rollout_batch"], sizes["micro_tokens"])
     sizes = sizes | {"rollout_batch": rollout_batch, "micro_tokens": micro_tokens}
-    planned, measured = planned_bytes(plan, **sizes), measured_bytes(kind, device, **sizes)
+    planned, measured = planned_bytes(plan, rollout_batch, micro_tokens), measured_bytes(kind, device, **sizes)
     return {name: {"planned": planned[name] / 2**20, "measured": measured[name] / 2**20} for name in planned}
 
 
-def planned_bytes(plan: Plan, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> dict[str, float]:
+def planned_bytes(plan: Plan, rollout_batch: int, micro_tokens: int) -> dict[str, float]:
     # Gradients and moments exist from the first update on. Until then the adapter is its weights alone: 4 bytes of 16.
     before_training = plan.weights() + plan.adapter() / 4
     return {
         "weights": before_training,
-        "rollout": before_training + plan.rollout(rollout_batch, prompt, new),
-        "update": plan.weights() + plan.adapter() + plan.update(micro_tokens, prompt, new),
-        "peak": plan.peak(rollout_batch, micro_tokens, prompt, new),
+        "rollout": before_training + plan.rollout(rollout_batch),
+        "update": plan.weights() + plan.adapter() + plan.update(micro_tokens),
+        "peak": plan.peak(rollout_batch, micro_tokens),
     }
 
 

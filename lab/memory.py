@@ -43,28 +43,17 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, longest_pr
     or else the free memory of the GPU; on a CPU without --memory nothing is cut. Raises ValueError if nothing fits.
     """
     on_gpu = args.device.startswith("cuda")
-    plan = Plan(
-        senior=shape_of(models.load_config(senior)),
-        junior=None if senior == junior else shape_of(models.load_config(junior)),
-        four_bit=args.four_bit,
-        half_precision=on_gpu,
-        rank=args.rank,
-        checkpointing=args.checkpointing,
-        # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
-        eight_bit_adam=args.eight_bit_adam and args.specialist_steps == 0,
-    )
-    available = math.inf
-    if args.memory:
-        available = args.memory * GIB
-    elif on_gpu:
-        available, _ = torch.cuda.mem_get_info()
+    shapes = [shape_of(models.load_config(name)) for name in dict.fromkeys((senior, junior))]
+    # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
+    eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
+    plan = Plan(shapes, args.four_bit, on_gpu, args.rank, args.checkpointing, eight_bit_adam, longest_prompt, args.max_new_tokens)
+    available = args.memory * GIB if args.memory else torch.cuda.mem_get_info()[0] if on_gpu else math.inf
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
     budget = min(parallel.gather(available)) - (RESERVE if on_gpu else 0)
     # No process ever holds more rollouts than its share of a batch or of an evaluation.
     share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
-    lengths = longest_prompt, args.max_new_tokens
-    args.rollout_batch, args.micro_tokens = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens, *lengths)
-    print(plan.report(args.rollout_batch, args.micro_tokens, *lengths))
+    args.rollout_batch, args.micro_tokens = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens)
+    print(plan.report(args.rollout_batch, args.micro_tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,19 +107,16 @@ def shape_of(config) -> Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, for a pair of checkpoints.
+    """Bytes by purpose. The methods take `rollout_batch`, rollouts at a time, and `micro_tokens`, tokens per pass of the update."""
 
-    The methods share their arguments: `rollout_batch` rollouts at one time; `micro_tokens` tokens per pass of the update,
-    padding included; `prompt` and `new`, the lengths in tokens of the longest prompt and of the longest completion.
-    """
-
-    senior: Shape
-    junior: Shape | None  # None where senior and junior share one base
+    shapes: list[Shape]  # of the senior and, unless both share one base, of the junior
     four_bit: bool
     half_precision: bool  # 2 bytes per number, as on a GPU, rather than 4
     rank: int
     checkpointing: bool
     eight_bit_adam: bool
+    prompt: int  # length in tokens of the longest prompt
+    new: int  # and of the longest completion
 
     @property
     def number_size(self) -> int:
@@ -139,39 +125,35 @@ class Plan:
 
     def weights(self) -> float:
         per_linear_parameter = 0.5 + 1 / 64 if self.four_bit else self.number_size
-        shapes = [shape for shape in (self.senior, self.junior) if shape]
-        return sum(shape.linear * per_linear_parameter + shape.other * self.number_size for shape in shapes)
+        return sum(shape.linear * per_linear_parameter + shape.other * self.number_size for shape in self.shapes)
 
     def adapter(self) -> float:
         weight, gradient, moments = 4, 4, 2 if self.eight_bit_adam else 8
-        return self.senior.lora * self.rank * (weight + gradient + moments)
+        return self.shapes[0].lora * self.rank * (weight + gradient + moments)
 
-    def rollout(self, rollout_batch: int, prompt: int, new: int) -> float:
-        """Writing `rollout_batch` rollouts at one time."""
-        senior, size = self.senior, self.number_size
-        shapes = (senior, self.junior or senior)
-        caches = rollout_batch * (prompt + new) * sum(shape.layers * shape.kv * size for shape in shapes)
+    def rollout(self, rollout_batch: int) -> float:
+        senior, junior, size = self.shapes[0], self.shapes[-1], self.number_size
+        caches = rollout_batch * (self.prompt + self.new) * size * (senior.layers * senior.kv + junior.layers * junior.kv)
         # Prefill, inside one layer: the residual and its norm, and three activations of the feed-forward part. A shared
         # base reads the prompts of both models in one pass.
-        inside = size * (3 * senior.hidden + 3 * senior.feed_forward) + (4 * senior.feed_forward if self.half_precision else 0)
-        prefill = rollout_batch * (1 if self.junior else 2) * prompt * inside
+        inside = size * 3 * (senior.hidden + senior.feed_forward) + (4 * senior.feed_forward if self.half_precision else 0)
+        prefill = rollout_batch * (2 if len(self.shapes) == 1 else 1) * self.prompt * inside
         # Sampling: the logits of both models, and in float32 the log-softmax of both, and of one its exponential and the
         # cumulative sum of that.
         sampling = rollout_batch * senior.vocab_size * (2 * size + 4 * 4)
         return caches + max(prefill, sampling) + self._dequantised()
 
-    def update(self, micro_tokens: int, prompt: int, new: int) -> float:
-        """A forward and backward pass over `micro_tokens` tokens of rollouts of these lengths."""
-        shape, size = self.senior, self.number_size
-        tokens = max(micro_tokens, prompt + new)  # a pass holds at least one rollout
+    def update(self, micro_tokens: int) -> float:
+        shape, size = self.shapes[0], self.number_size
+        length = self.prompt + self.new
+        tokens = max(micro_tokens, length)  # a pass holds at least one rollout
+        inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
         if self.half_precision:
             # LoRA and the norms compute in float32: a copy of the input of every linear layer and of two norms.
             inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.feed_forward) + 4 * (8 * shape.hidden + shape.feed_forward)
-        else:
-            inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
-        gradients = size * (2 * shape.hidden + 2 * shape.feed_forward)
+        gradients = size * 2 * (shape.hidden + shape.feed_forward)
         # The output layer sees completion tokens only: logits and their log-softmax in float32.
-        num_logits = min(tokens * new / (prompt + new) * shape.vocab_size, LOGITS_AT_ONCE)
+        num_logits = min(tokens * self.new / length * shape.vocab_size, LOGITS_AT_ONCE)
         logits = num_logits * (2 * 4 + (2 if self.half_precision else 0))
         if self.checkpointing:
             return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
@@ -179,37 +161,43 @@ class Plan:
 
     def _dequantised(self) -> float:
         """One 4-bit layer at a time is expanded for its matrix product."""
-        return self.senior.largest * self.number_size if self.four_bit else 0
+        return self.shapes[0].largest * self.number_size if self.four_bit else 0
 
-    def peak(self, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> float:
-        return self.weights() + self.adapter() + max(self.rollout(rollout_batch, prompt, new), self.update(micro_tokens, prompt, new))
+    def peak(self, rollout_batch: int, micro_tokens: int) -> float:
+        return self.weights() + self.adapter() + max(self.rollout(rollout_batch), self.update(micro_tokens))
 
-    def fit(self, budget: float, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> tuple[int, int]:
+    def fit(self, budget: float, rollout_batch: int, micro_tokens: int) -> tuple[int, int]:
         """Cut (rollout_batch, micro_tokens) into the fewest even parts that keep to `budget` bytes.
 
         Raises ValueError if a single rollout at a time does not fit either.
         """
         rest = budget - self.weights() - self.adapter()
-        rollout_batch = largest_part(rollout_batch, 1, lambda part: self.rollout(part, prompt, new) <= rest)
+        rollout_batch = largest_part(rollout_batch, 1, lambda part: self.rollout(part) <= rest)
         # A pass of the update holds at least one rollout.
-        one_rollout = min(micro_tokens, prompt + new)
-        micro_tokens = largest_part(micro_tokens, one_rollout, lambda part: self.update(part, prompt, new) <= rest)
-        if max(self.rollout(rollout_batch, prompt, new), self.update(micro_tokens, prompt, new)) > rest:
+        one_rollout = min(micro_tokens, self.prompt + self.new)
+        micro_tokens = largest_part(micro_tokens, one_rollout, lambda part: self.update(part) <= rest)
+        if self.peak(rollout_batch, micro_tokens) > budget:
             raise ValueError(
-                f"{self.report(rollout_batch, micro_tokens, prompt, new)}. This is more than the budget of {format_bytes(budget)} "
-                "even with one rollout at a time. Remedies: --four-bit, --checkpointing, --eight-bit-adam, a smaller "
-                "--max-new-tokens, --shots or --rank, or smaller models"
+                f"{self.report(rollout_batch, micro_tokens)}. This is more than the budget of {format_bytes(budget)} even with one "
+                "rollout at a time. Remedies: --four-bit, --checkpointing, --eight-bit-adam, a smaller --max-new-tokens, --shots "
+                "or --rank, or smaller models"
             )
         return rollout_batch, micro_tokens
 
-    def report(self, rollout_batch: int, micro_tokens: int, prompt: int, new: int) -> str:
+    def report(self, rollout_batch: int, micro_tokens: int) -> str:
         """The plan in one line."""
-        rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {prompt} + {new} tokens"
+        rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {self.prompt} + {self.new} tokens"
+        parts = [
+            self.weights(),
+            self.adapter(),
+            self.rollout(rollout_batch),
+            self.update(micro_tokens),
+            self.peak(rollout_batch, micro_tokens),
+        ]
+        weights, adapter, rollout, update, peak = map(format_bytes, parts)
         return (
-            f"memory plan: weights {format_bytes(self.weights())}, adapter and optimiser {format_bytes(self.adapter())}, "
-            f"{rollouts} {format_bytes(self.rollout(rollout_batch, prompt, new))} "
-            f"or an update of {micro_tokens} tokens per pass {format_bytes(self.update(micro_tokens, prompt, new))}; "
-            f"peak {format_bytes(self.peak(rollout_batch, micro_tokens, prompt, new))}"
+            f"memory plan: weights {weights}, adapter and optimiser {adapter}, {rollouts} {rollout} "
+            f"or an update of {micro_tokens} tokens per pass {update}; peak {peak}"
         )
 
 
@@ -224,7 +212,8 @@ def largest_part(whole: int, least: int, fits: Callable[[int], bool]) -> int:
 
 
 def format_bytes(number: float) -> str:
-    """
+    """In GiB or MiB.
+
     >>> format_bytes(1.5 * 2**30), format_bytes(381 * 2**20)
     ('1.5 GiB', '381 MiB')
     """

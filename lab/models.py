@@ -37,10 +37,8 @@ def load_tokenizers(senior: str, junior: str) -> list:
     vocabularies = [{token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths)]
     if vocabularies[0] != vocabularies[1]:
         differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
-        raise ValueError(
-            f"senior and junior must share one tokenizer: {senior} has {len(vocabularies[0])} tokens, {junior} has "
-            f"{len(vocabularies[1])}, and {differ} entries differ. Choose two models of one family."
-        )
+        sizes = f"{senior} has {len(vocabularies[0])} tokens, {junior} has {len(vocabularies[1])}, and {differ} entries differ"
+        raise ValueError(f"senior and junior must share one tokenizer: {sizes}. Choose two models of one family.")
     if widths[0] != widths[1]:
         raise ValueError(f"senior and junior must have logits of one width: {senior} has {widths[0]}, {junior} {widths[1]}")
     return tokenizers
@@ -69,28 +67,18 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     if checkpointing:
         enable_checkpointing(model)
     pieces = token_bytes(tokenizers[0], base.config.vocab_size)
-    return Pair(
-        senior=model,
-        junior=SharedJunior(model) if other is base else other,
-        senior_tokenizer=tokenizers[0],
-        junior_tokenizer=tokenizers[1],
-        end_ids=sorted(end_ids - {None}),
-        pieces=pieces,
-        tables=build_tables(pieces).to(device),
-    )
+    junior_model = SharedJunior(model) if other is base else other
+    return Pair(model, junior_model, *tokenizers, sorted(end_ids - {None}), pieces, build_tables(pieces).to(device))
 
 
 def load_model(name: str, four_bit: bool, device: str):
     """One frozen causal language model: bfloat16 on an accelerator, float32 on a CPU, NF4 weights if four_bit."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    options = {"dtype": dtype}
+    options = {"dtype": dtype, "device_map": {"": device}}
     if four_bit:
-        options["device_map"] = {"": device}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = BitsAndBytesConfig(**nf4)
     model = _load(AutoModelForCausalLM, name, **options)
-    model = model if four_bit else model.to(device)
     model.requires_grad_(False)
     _check_output_layer(disable_dropout(model), name)
     return model
@@ -100,10 +88,9 @@ def _load(kind, name: str, **options):
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load {name!r}: it is neither a local folder nor a reachable checkpoint of the hub. Check the name "
-            "and the connection, or use --preset tiny, which needs neither."
-        ) from error
+        reason = "it is neither a local folder nor a reachable checkpoint of the hub"
+        remedy = "Check the name and the connection, or use --preset tiny, which needs neither"
+        raise ValueError(f"cannot load {name!r}: {reason}. {remedy}.") from error
 
 
 @torch.no_grad()

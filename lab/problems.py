@@ -252,6 +252,10 @@ def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tupl
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+# Solved examples in three languages, written for this project; every solution is annotated.
+EXAMPLES = [Problem(**json.loads(line)) for line in Path(__file__).with_name("examples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def demonstrations(n: int, language: str, annotated: bool) -> list[tuple[str, str]]:
     """n solved examples (question, solution) in a language: with <<...>> for a specialist, without for its junior."""
     solutions = [example.solutions[language] for example in EXAMPLES[:n]]
@@ -282,34 +286,3 @@ def longest_prompt(runs: list[argparse.Namespace], tokenizers: list) -> int:
         for tokenizer, prompts in zip(tokenizers, prompts_of_pair(train + held_out, args, tokenizers[1])):
             longest = max([longest, *(len(ids) for ids in tokenizer(prompts).input_ids)])
     return longest
-
-
-EXAMPLES = [
-    Problem(
-        "Each morning a bakery bakes 5 trays with 24 rolls each. By noon 87 rolls are sold. How many rolls are left?",
-        {
-            "en": "Each morning the bakery bakes 24*5=<<24*5=120>>120 rolls.\nBy noon 87 are sold, so 120-87=<<120-87=33>>33 rolls are left.\n#### 33",
-            "de": "Jeden Morgen backt die Bäckerei 24*5=<<24*5=120>>120 Brötchen.\nBis zum Mittag sind 87 verkauft, also bleiben 120-87=<<120-87=33>>33 Brötchen übrig.\n#### 33",
-            "fr": "Chaque matin, la boulangerie cuit 24*5=<<24*5=120>>120 petits pains.\nÀ midi, 87 ont déjà été vendus : il en reste donc 120-87=<<120-87=33>>33.\n#### 33",
-        },
-        "33",
-    ),
-    Problem(
-        "Tom earns $14 an hour and works 6 hours on Saturday. He spends half of the money on a jacket. How many dollars does he keep?",
-        {
-            "en": "On Saturday Tom earns 14*6=<<14*6=84>>84 dollars.\nThe jacket costs half of that, 84/2=<<84/2=42>>42 dollars.\nSo he keeps 84-42=<<84-42=42>>42 dollars.\n#### 42",
-            "de": "Am Samstag verdient Tom 14*6=<<14*6=84>>84 Dollar.\nDie Jacke kostet die Hälfte davon, also 84/2=<<84/2=42>>42 Dollar.\nEr behält also 84-42=<<84-42=42>>42 Dollar.\n#### 42",
-            "fr": "Le samedi, Tom gagne 14*6=<<14*6=84>>84 dollars.\nLa veste coûte la moitié de cette somme, soit 84/2=<<84/2=42>>42 dollars.\nIl garde donc 84-42=<<84-42=42>>42 dollars.\n#### 42",
-        },
-        "42",
-    ),
-    Problem(
-        "A class of 30 pupils visits a museum. A ticket costs 4 euros, and the guide costs 45 euros for the whole class. What does the visit cost?",
-        {
-            "en": "The tickets cost 30*4=<<30*4=120>>120 euros.\nTogether with the guide that is 120+45=<<120+45=165>>165 euros.\n#### 165",
-            "de": "Die Eintrittskarten kosten 30*4=<<30*4=120>>120 Euro.\nZusammen mit der Führung sind das 120+45=<<120+45=165>>165 Euro.\n#### 165",
-            "fr": "Les billets coûtent 30*4=<<30*4=120>>120 euros.\nAvec le guide, cela fait 120+45=<<120+45=165>>165 euros.\n#### 165",
-        },
-        "165",
-    ),
-]

@@ -44,17 +44,9 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
         models.load_adapter(pair.senior, kept["adapter"])
         return
 
-    fine_tune(
-        pair.senior,
-        pair.senior_tokenizer,
-        annotated_solutions(args, language),
-        steps=args.specialist_steps,
-        batch=args.specialist_batch,
-        micro_tokens=args.micro_tokens,
-        lr=args.specialist_lr,
-        seed=args.seed,
-        label=f"specialist {name} seed {args.seed}",
-    )
+    options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
+    options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {name} seed {args.seed}")
+    fine_tune(pair.senior, pair.senior_tokenizer, annotated_solutions(args, language), **options)
     if parallel.is_main():
         save_atomically({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path)
 

@@ -64,14 +64,8 @@ def make(folder: Path | str) -> None:
     texts = corpus(STEPS * BATCH)
     tokenizer = make_tokenizer([f"{asked} {solution}" for asked, solution in texts[:8000]])
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **ARCHITECTURE,
-    )
+    token_ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **token_ids, **ARCHITECTURE)
     model = LlamaForCausalLM(config)
     fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_tokens=2**20, lr=LR, seed=0, label="pretraining the tiny base")
     model.save_pretrained(folder)
@@ -117,13 +111,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,  # never reached: merging ends when every word is a single token
-        min_frequency=2,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    # The vocabulary size is never reached: merging ends when every word is a single token.
+    options = dict(vocab_size=4000, min_frequency=2, special_tokens=["<pad>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **options)
     tokenizer.train_from_iterator(texts + numbers, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 

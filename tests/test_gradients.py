@@ -52,7 +52,7 @@ def walk(schedule: str, theta: torch.Tensor, phi: torch.Tensor, p: float = 0.5):
     return probability, tokens, torch.stack(by_senior, 1), torch.stack(logprobs, 1), torch.stack(thrown, 1)
 
 
-def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: float = 0.5):
+def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: float = 0.5, wrong_weight: float = 0.0):
     """(gradient of the expected reward by autograd, expectation of the REINFORCE estimate over all paths)."""
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(13, V, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -65,7 +65,7 @@ def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: 
 
     ones, n = torch.ones_like(tokens), len(tokens)
     rollouts = Rollouts(ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
-    weights = token_weights(rollouts, rewards, wrong_weight=0.0, junior_weight=junior_weight).double()
+    weights = token_weights(rollouts, rewards, wrong_weight, junior_weight).double()
     terms = (weights * logprobs + thrown_too * rewards[:, None] * thrown).sum(1)
     (estimate,) = torch.autograd.grad((probability.detach() * terms).sum(), theta)
     return exact.flatten(), estimate.flatten()
@@ -77,6 +77,13 @@ def test_exact_where_coins_depend_on_written_text(schedule, p):
     exact, estimate = gradients(schedule, junior_weight=0.0, p=p)
     assert exact.norm() > 0.01
     assert (exact - estimate).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("schedule", ["token", "redraw"])
+def test_a_negative_weight_of_wrong_rollouts_is_a_constant_baseline(schedule):
+    """With c = -0.4 and j = 0 the gradient is 1.4 times that of the expected reward: w = 1.4 * (r - 0.4 / 1.4)."""
+    exact, estimate = gradients(schedule, junior_weight=0.0, wrong_weight=-0.4)
+    assert (1.4 * exact - estimate).abs().max() < 1e-10
 
 
 def test_word_is_an_approximation():

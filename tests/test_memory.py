@@ -26,8 +26,8 @@ LLAMA_2 = Shape(
 
 def plan_for(junior: Shape | None = None, **options) -> Plan:
     """A plan for Llama-2-7B as senior; without a junior, on a shared base."""
-    defaults = dict(four_bit=True, half_precision=True, rank=16, checkpointing=True, eight_bit_adam=True)
-    return Plan(LLAMA_2, junior, **defaults | options)
+    defaults = dict(four_bit=True, half_precision=True, rank=16, checkpointing=True, eight_bit_adam=True, prompt=200, new=256)
+    return Plan([LLAMA_2, junior] if junior else [LLAMA_2], **defaults | options)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -54,25 +54,25 @@ def test_two_checkpoints_need_twice_the_weights():
 
 def test_checkpointing_and_eight_bit_adam_save_memory():
     neither = plan_for(checkpointing=False, eight_bit_adam=False)
-    assert plan_for(eight_bit_adam=False).update(8192, 200, 256) < 0.3 * neither.update(8192, 200, 256)
+    assert plan_for(eight_bit_adam=False).update(8192) < 0.3 * neither.update(8192)
     assert plan_for().adapter() < neither.adapter()
 
 
 @pytest.mark.parametrize("gib", [8, 12, 16, 24, 80])
 def test_the_fewest_parts_that_fit(gib):
     plan, budget = plan_for(), gib * GIB
-    rollout_batch, micro_tokens = plan.fit(budget, 152, 8192, 200, 256)
-    assert plan.peak(rollout_batch, micro_tokens, 200, 256) <= budget
+    rollout_batch, micro_tokens = plan.fit(budget, 152, 8192)
+    assert plan.peak(rollout_batch, micro_tokens) <= budget
     if rollout_batch < 152:
         parts = -(-152 // rollout_batch)
         one_part_less = -(-152 // (parts - 1))
-        assert plan.peak(one_part_less, micro_tokens, 200, 256) > budget
+        assert plan.peak(one_part_less, micro_tokens) > budget
     assert (rollout_batch, micro_tokens) == (152, 8192) if gib == 80 else rollout_batch < 152
 
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(ValueError, match=r"weights 7.2 GiB.*more than the budget of 7\.0 GiB.*--four-bit"):
-        plan_for(LLAMA_2).fit(7 * GIB, 152, 8192, 200, 256)
+        plan_for(LLAMA_2).fit(7 * GIB, 152, 8192)
 
 
 def flags(**changes) -> argparse.Namespace:
@@ -95,8 +95,9 @@ def test_batches_are_cut_to_the_budget(base_folder):
     assert 1 <= args.rollout_batch < 200
     assert 160 <= args.micro_tokens < 2048
     shape = shape_of(LlamaConfig.from_pretrained(base_folder))
-    plan = Plan(shape, None, four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
-    assert plan.peak(args.rollout_batch, args.micro_tokens, 48, 112) <= 8 * 2**20
+    options = dict(four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
+    plan = Plan([shape], **options, prompt=48, new=112)
+    assert plan.peak(args.rollout_batch, args.micro_tokens) <= 8 * 2**20
 
 
 def test_a_run_that_cannot_fit_is_refused(base_folder):

@@ -35,7 +35,7 @@ def test_wilson_by_hand():
     assert low + high == pytest.approx(1.0)
     assert high - low == pytest.approx(0.8108, abs=1e-3)
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="no share"):
+        with pytest.raises(ValueError, match="invalid proportion"):
             wilson_interval(successes, n)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import gpt2, left_pad, llama, make_pair, write
 from reinforce import completion_logprobs
-from rollout import CachedDecoder, Rollouts, join, random_numbers, reference_rollout, sample, truncate
+from rollout import CachedDecoder, Rollouts, join, random_numbers, reference_rollout, rollout_in_chunks, sample, truncate
 from tandem import SCHEDULES, token_bytes
 
 STEPS = 14
@@ -207,7 +207,8 @@ def test_truncate_by_hand(tokenizer):
 def test_chunks_change_nothing(tokenizer, prompts):
     """Two rows in memory at a time instead of all six; rows of a chunk are padded to its own longest prompt."""
     senior, junior = (llama(len(tokenizer), seed, torch.float64) for seed in (0, 1))
-    whole, chunks = (write(senior, junior, prompts, tokenizer, max_rows=rows) for rows in (None, 2))
+    pair, padded, numbers = make_pair(senior, junior, tokenizer), list(map(left_pad, prompts)), random_numbers(6, STEPS, seed=2)
+    whole, chunks = (rollout_in_chunks(pair, *padded, *numbers, max_rows=rows, truncate_at="never", p=0.5) for rows in (6, 2))
     assert torch.equal(whole.completion_ids * whole.completion_mask, chunks.completion_ids * chunks.completion_mask)
     assert torch.equal(whole.senior_mask, chunks.senior_mask)
     assert torch.allclose(whole.logprobs, chunks.logprobs, atol=1e-10)

@@ -270,10 +270,10 @@ def test_each_writer_is_asked_in_its_language(command, monkeypatch):
 
 def test_a_question_of_its_own_ends_a_completion(command, monkeypatch):
     """The runner passes the stop text, so that what follows it counts neither for the reward nor for the loss."""
-    seen, real = [], run_gsm8k.rollout
-    monkeypatch.setattr(run_gsm8k, "rollout", lambda *args, **options: seen.append(options["stop"]) or real(*args, **options))
+    seen, real = [], run_gsm8k.rollout_in_chunks
+    monkeypatch.setattr(run_gsm8k, "rollout_in_chunks", lambda *args, **options: seen.append(options) or real(*args, **options))
     main([*command, "--arms", "tandem", "--updates", "1"])
-    assert set(seen) == {"\nQuestion:"}
+    assert {options["truncate_at"] for options in seen} == {"\nQuestion:"}
 
 
 def test_only_the_junior_is_evaluated(command, tmp_path, capsys):
@@ -299,8 +299,8 @@ def test_shuffled_rewards(command, monkeypatch):
 
 def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
     """A switch that changes the method must not go unnoticed: here the junior is never named."""
-    real = run_gsm8k.rollout
-    monkeypatch.setattr(run_gsm8k, "rollout", lambda *a, **k: real(*a, **(k | {"p": 1.0 if 0 < k["p"] < 1 else k["p"]})))
+    real = run_gsm8k.rollout_in_chunks
+    monkeypatch.setattr(run_gsm8k, "rollout_in_chunks", lambda *a, **k: real(*a, **(k | {"p": 1.0 if 0 < k["p"] < 1 else k["p"]})))
     with pytest.raises(SystemExit, match="This is not tandem training"):
         main([*command, "--arms", "tandem"])
 
@@ -378,19 +378,19 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--batch 7", "--batch 7 is not divisible by --rollouts-per-prompt 2"),
         ("--p 1.0", "--p 1: .*--solo"),
         ("--p 0", "--p 0: "),
-        ("--p nan", "--p: nan is not a finite number at least 0 and at most 1"),
-        ("--junior-weight 1.5", "--junior-weight: 1.5 is not"),
-        ("--wrong-weight 0.4", "--wrong-weight: 0.4 is not a finite number at least -1 and at most 0"),
-        ("--temperature 0", "--temperature: 0 is not a finite number above 0"),
-        ("--rollouts-per-prompt 0", "--rollouts-per-prompt: 0 is not a finite number at least 1"),
-        ("--seed -1", "--seed: -1 is not"),
-        ("--updates -1", "--updates: -1 is not"),
-        ("--lr inf", "--lr: inf is not a finite number above 0"),
+        ("--p nan", "--p: nan: must be a finite number of at least 0 and at most 1"),
+        ("--junior-weight 1.5", "--junior-weight: 1.5: must"),
+        ("--wrong-weight 0.4", "--wrong-weight: 0.4: must be a finite number of at least -1 and at most 0"),
+        ("--temperature 0", "--temperature: 0: must be a finite number greater than 0"),
+        ("--rollouts-per-prompt 0", "--rollouts-per-prompt: 0: must be a finite number of at least 1"),
+        ("--seed -1", "--seed: -1: must"),
+        ("--updates -1", "--updates: -1: must"),
+        ("--lr inf", "--lr: inf: must be a finite number greater than 0"),
         ("--lr much", "--lr: invalid float value: 'much'"),
-        ("--memory 0", "--memory: 0 is not"),
-        ("--specialist-steps -1", "--specialist-steps: -1 is not"),
+        ("--memory 0", "--memory: 0: must"),
+        ("--specialist-steps -1", "--specialist-steps: -1: must"),
         ("--arms tandm", "--arms tandm: not in --setting skill, whose arms are tandem, solo"),
-        ("--shots 9", "--shots: 9 is not a finite number at least 0 and at most 3"),
+        ("--shots 9", "--shots: 9: must be a finite number of at least 0 and at most 3"),
         ("--senior-language es", "invalid choice: 'es'"),
     ],
 )

@@ -146,7 +146,7 @@ def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
     table = build_tables(pieces)
     for i in whole:
         for j in whole:
-            joined = bool(table.ends_word[i] & table.starts_word[j])
+            joined = bool(table.last_is_word_character[i] & table.first_is_word_character[j])
             assert joined != opens_word(pieces[i].decode(), pieces[j].decode()), (pieces[i], pieces[j])
 
 
