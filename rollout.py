@@ -87,14 +87,11 @@ class Rollouts:
         """
         all_spans = []
         for ids, by_senior, real in zip(self.completion_ids, self.senior_mask, self.completion_mask.bool()):
-            spans: list[tuple[str, bytes]] = []
-            for token, is_senior in zip(ids[real].tolist(), by_senior[real].tolist()):
-                author, before = ("senior" if is_senior else "junior"), b""
-                # The same author as before continues the last span.
-                if spans and spans[-1][0] == author:
-                    before = spans.pop()[1]
-                spans.append((author, before + pieces[token]))
-            all_spans.append([(author, text.decode(errors="replace")) for author, text in spans if text])
+            tokens = zip(by_senior[real].tolist(), ids[real].tolist())
+            # One group per run of tokens by the same author.
+            groups = itertools.groupby(tokens, key=lambda token: token[0])
+            texts = [(author, b"".join(pieces[token] for _, token in group).decode(errors="replace")) for author, group in groups]
+            all_spans.append([("senior" if author else "junior", text) for author, text in texts if text])
         return all_spans
 
 

@@ -355,7 +355,9 @@ def memory_once(kind: dict, sizes: dict, device: str) -> dict[str, dict[str, flo
     own.
     """
     shapes = [shape_of(llama(kind["hidden"], kind["layers"]))] * (1 if kind["shared"] else 2)
-    options = dict(four_bit=True, half_precision=device == "cuda", rank=16, checkpointing=kind["checkpointing"], eight_bit_adam=False)
+    options = dict(
+        four_bit=True, number_size=2 if device == "cuda" else 4, rank=16, checkpointing=kind["checkpointing"], eight_bit_adam=False
+    )
     plan = Plan(shapes, **options, prompt=sizes["prompt"], new=sizes["new"])
     rollout_batch, micro_tokens = plan.fit(24 * GIB - RESERVE, sizes["rollout_batch"], sizes["micro_tokens"])
     sizes = sizes | {"rollout_batch": rollout_batch, "micro_tokens": micro_tokens}

@@ -46,7 +46,9 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, longest_pr
     shapes = [shape_of(models.load_config(name)) for name in dict.fromkeys((senior, junior))]
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
     eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
-    plan = Plan(shapes, args.four_bit, on_gpu, args.rank, args.checkpointing, eight_bit_adam, longest_prompt, args.max_new_tokens)
+    plan = Plan(
+        shapes, args.four_bit, 2 if on_gpu else 4, args.rank, args.checkpointing, eight_bit_adam, longest_prompt, args.max_new_tokens
+    )
     available = args.memory * GIB if args.memory else torch.cuda.mem_get_info()[0] if on_gpu else math.inf
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
     budget = min(parallel.gather(available)) - (RESERVE if on_gpu else 0)
@@ -111,17 +113,12 @@ class Plan:
 
     shapes: list[Shape]  # of the senior and, unless both share one base, of the junior
     four_bit: bool
-    half_precision: bool  # 2 bytes per number, as on a GPU, rather than 4
+    number_size: int  # bytes per number of weights and activations: 2 on a GPU, 4 on a CPU
     rank: int
     checkpointing: bool
     eight_bit_adam: bool
     prompt: int  # length in tokens of the longest prompt
     new: int  # and of the longest completion
-
-    @property
-    def number_size(self) -> int:
-        """Bytes per number of weights and activations."""
-        return 2 if self.half_precision else 4
 
     def weights(self) -> float:
         per_linear_parameter = 0.5 + 1 / 64 if self.four_bit else self.number_size
@@ -136,7 +133,7 @@ class Plan:
         caches = rollout_batch * (self.prompt + self.new) * size * (senior.layers * senior.kv + junior.layers * junior.kv)
         # Prefill, inside one layer: the residual and its norm, and three activations of the feed-forward part. A shared
         # base reads the prompts of both models in one pass.
-        inside = size * 3 * (senior.hidden + senior.feed_forward) + (4 * senior.feed_forward if self.half_precision else 0)
+        inside = size * 3 * (senior.hidden + senior.feed_forward) + (4 * senior.feed_forward if size == 2 else 0)
         prefill = rollout_batch * (2 if len(self.shapes) == 1 else 1) * self.prompt * inside
         # Sampling: the logits of both models, and in float32 the log-softmax of both, and of one its exponential and the
         # cumulative sum of that.
@@ -148,13 +145,13 @@ class Plan:
         length = self.prompt + self.new
         tokens = max(micro_tokens, length)  # a pass holds at least one rollout
         inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
-        if self.half_precision:
+        if size == 2:
             # LoRA and the norms compute in float32: a copy of the input of every linear layer and of two norms.
             inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.feed_forward) + 4 * (8 * shape.hidden + shape.feed_forward)
         gradients = size * 2 * (shape.hidden + shape.feed_forward)
         # The output layer sees completion tokens only: logits and their log-softmax in float32.
         num_logits = min(tokens * self.new / length * shape.vocab_size, LOGITS_AT_ONCE)
-        logits = num_logits * (2 * 4 + (2 if self.half_precision else 0))
+        logits = num_logits * (2 * 4 + (2 if size == 2 else 0))
         if self.checkpointing:
             return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
         return shape.layers * tokens * inside + max(tokens * gradients + self._dequantised(), logits)
@@ -177,16 +174,13 @@ class Plan:
         one_rollout = min(micro_tokens, self.prompt + self.new)
         micro_tokens = largest_part(micro_tokens, one_rollout, lambda part: self.update(part) <= rest)
         if self.peak(rollout_batch, micro_tokens) > budget:
-            raise ValueError(
-                f"{self.report(rollout_batch, micro_tokens)}. This is more than the budget of {format_bytes(budget)} even with one "
-                "rollout at a time. Remedies: --four-bit, --checkpointing, --eight-bit-adam, a smaller --max-new-tokens, --shots "
-                "or --rank, or smaller models"
-            )
+            remedies = "--four-bit, --checkpointing, --eight-bit-adam, a smaller --max-new-tokens, --shots or --rank, or smaller models"
+            excess = f"This is more than the budget of {format_bytes(budget)} even with one rollout at a time"
+            raise ValueError(f"{self.report(rollout_batch, micro_tokens)}. {excess}. Remedies: {remedies}")
         return rollout_batch, micro_tokens
 
     def report(self, rollout_batch: int, micro_tokens: int) -> str:
         """The plan in one line."""
-        rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {self.prompt} + {self.new} tokens"
         parts = [
             self.weights(),
             self.adapter(),
@@ -195,10 +189,9 @@ class Plan:
             self.peak(rollout_batch, micro_tokens),
         ]
         weights, adapter, rollout, update, peak = map(format_bytes, parts)
-        return (
-            f"memory plan: weights {weights}, adapter and optimiser {adapter}, {rollouts} {rollout} "
-            f"or an update of {micro_tokens} tokens per pass {update}; peak {peak}"
-        )
+        rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {self.prompt} + {self.new} tokens {rollout}"
+        updates = f"an update of {micro_tokens} tokens per pass {update}"
+        return f"memory plan: weights {weights}, adapter and optimiser {adapter}, {rollouts} or {updates}; peak {peak}"
 
 
 def largest_part(whole: int, least: int, fits: Callable[[int], bool]) -> int:

@@ -16,6 +16,7 @@ The three parts of the file: reading GSM8K, generating problems, and prompts. Pr
 """
 
 import argparse
+import csv
 import json
 import math
 import random
@@ -90,31 +91,12 @@ def _parse(line: str, where: str) -> Problem:
 # ----------------------------------------------------------------------------------------------------------------------
 # Generated problems
 #
-# One pattern per line: operator | part of the question | step of the solution in English | German | French.
-# {n} is a name, {i} the things that are counted, {a} and {b} numbers, {e} the expression with its annotation.
+# lab/patterns.csv has one pattern per line: an operator, a part of the question, and a step of the solution per language.
+# {n} is a name, {i} the things that are counted, {a} and {b} are numbers, {e} is the expression with its annotation.
 
 NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
 ITEMS = "apples books cards coins marbles pens shells stamps".split()
-OPENINGS = """
-  | {n} has {a} {i} | | |
-* | {n} has {a} boxes with {b} {i} each | She has {a} boxes with {b}: {e}. | Sie hat {a} Kisten mit {b}: {e}. | Elle a {a} boîtes de {b} : {e}.
-+ | {n} has {a} old and {b} new {i} | She has {a} and {b}: {e}. | Sie hat {a} und {b}: {e}. | Elle en a {a} et {b} : {e}.
-"""
-EVENTS = """
-+ | buys {b} | She buys {b}: {e}. | Sie kauft {b}: {e}. | Elle en achète {b} : {e}.
-+ | is given {b} | She is given {b}: {e}. | Sie bekommt {b}: {e}. | Elle en reçoit {b} : {e}.
-- | sells {b} | She sells {b}: {e}. | Sie verkauft {b}: {e}. | Elle en vend {b} : {e}.
-- | loses {b} | She loses {b}: {e}. | Sie verliert {b}: {e}. | Elle en perd {b} : {e}.
-* | soon owns {b} times as many | She owns {b} times as many: {e}. | Sie besitzt {b}-mal so viele: {e}. | Elle en possède {b} fois plus : {e}.
-/ | keeps one of {b} equal piles | She keeps one of {b} piles: {e}. | Sie behält einen von {b} Stapeln: {e}. | Elle garde une pile sur {b} : {e}.
-"""
-COMPARISON = """
-+ | A friend has {b} more | Her friend has {b} more: {e}. | Ihre Freundin hat {b} mehr: {e}. | Son amie en a {b} de plus : {e}.
-+ | | Together there are {e}. | Zusammen sind es {e}. | À deux, cela fait {e}.
-"""
-OPENINGS, EVENTS, COMPARISON = (
-    [[cell.strip() for cell in line.split("|")] for line in table.strip("\n").splitlines()] for table in (OPENINGS, EVENTS, COMPARISON)
-)
+PATTERNS = list(csv.DictReader(Path(__file__).with_name("patterns.csv").read_text(encoding="utf-8").splitlines()))
 LARGEST = 99  # no number is larger, so that the tiny tokenizer has a token for every number
 
 
@@ -136,29 +118,34 @@ def generate(n: int, split: str, seed: int) -> list[Problem]:
 
 def _draw(rng: random.Random) -> Problem:
     """One problem of two to four steps: an opening, a chain of events, and perhaps a comparison at the end."""
+    openings, events, comparison = ([p for p in PATTERNS if p["kind"] == kind] for kind in ("opening", "event", "comparison"))
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    steps = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
-    opening, ending = rng.choice(OPENINGS), COMPARISON if rng.random() < 0.2 else []
-    events = steps - len(ending) - (1 if opening[0] else 0)  # an opening with an operator is a step
-    if events < 0:
+    num_steps = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
+    opening, ending = rng.choice(openings), comparison if rng.random() < 0.2 else []
+    # An opening with an operator is a step.
+    num_events = num_steps - len(ending) - (1 if opening["operator"] else 0)
+    if num_events < 0:
         return _draw(rng)
-    value = rng.randint(2, {"": LARGEST, "+": 40, "*": 9}[opening[0]])
+    value = rng.randint(2, {"": LARGEST, "+": 40, "*": 9}[opening["operator"]])
 
     # Follow the chain: `value` is how many there are now, `before` how many there were before the last step.
     before, told, lines = value, [], {language: [] for language in LANGUAGES}
-    for op, sentence, *step_in in [opening, *rng.sample(EVENTS, events), *ending]:
-        b = before if op and not sentence else _operand(rng, op, value)  # the comparison adds both amounts
+    for pattern in [opening, *rng.sample(events, num_events), *ending]:
+        op = pattern["operator"]
+        # The second line of the comparison, which has no question, adds both amounts.
+        b = before if op and not pattern["question"] else _operand(rng, op, value)
         if b is None:
-            return _draw(rng)  # there is no number with which this chain could go on: draw another problem
+            # There is no number with which this chain could go on: draw another problem.
+            return _draw(rng)
         before, expression = value, f"{value}{op}{b}"
-        told.append(sentence.format(n=name, i=item, a=value, b=b))
+        told.append(pattern["question"].format(n=name, i=item, a=value, b=b))
         value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // max(b, 1)}[op]
-        for language, step in zip(LANGUAGES, step_in if op else []):
-            lines[language].append(step.format(a=before, b=b, e=f"{expression}=<<{expression}={value}>>{value}"))
+        for language in LANGUAGES if op else ():
+            lines[language].append(pattern[language].format(a=before, b=b, e=f"{expression}=<<{expression}={value}>>{value}"))
     if value > LARGEST:
         return _draw(rng)
     # What happens to one person makes one sentence; what her friend has makes another.
-    own, others = told[: events + 1], told[events + 1 :]
+    own, others = told[: num_events + 1], told[num_events + 1 :]
     question = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]])) + "".join(f". {more}" for more in others if more)
     question = f"{question}. How many {item} are there{' together' if ending else ''}?"
     return Problem(question, {k: "\n".join([*v, f"#### {value}"]) for k, v in lines.items()}, str(value))

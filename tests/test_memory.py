@@ -26,7 +26,7 @@ LLAMA_2 = Shape(
 
 def plan_for(junior: Shape | None = None, **options) -> Plan:
     """A plan for Llama-2-7B as senior; without a junior, on a shared base."""
-    defaults = dict(four_bit=True, half_precision=True, rank=16, checkpointing=True, eight_bit_adam=True, prompt=200, new=256)
+    defaults = dict(four_bit=True, number_size=2, rank=16, checkpointing=True, eight_bit_adam=True, prompt=200, new=256)
     return Plan([LLAMA_2, junior] if junior else [LLAMA_2], **defaults | options)
 
 
@@ -95,7 +95,7 @@ def test_batches_are_cut_to_the_budget(base_folder):
     assert 1 <= args.rollout_batch < 200
     assert 160 <= args.micro_tokens < 2048
     shape = shape_of(LlamaConfig.from_pretrained(base_folder))
-    options = dict(four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
+    options = dict(four_bit=False, number_size=4, rank=4, checkpointing=False, eight_bit_adam=False)
     plan = Plan([shape], **options, prompt=48, new=112)
     assert plan.peak(args.rollout_batch, args.micro_tokens) <= 8 * 2**20
 
