@@ -1,7 +1,7 @@
 import pytest
 
 from lab.problems import LANGUAGES, generate, plain
-from metrics import count_handoffs, has_jargon, language_of, summarise, wilson_interval
+from metrics import METRICS, count_handoffs, has_jargon, language_of, summarise, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,18 @@ def test_wilson_by_hand():
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="invalid proportion"):
             wilson_interval(successes, n)
+
+
+def test_a_metric_is_added_in_one_place(monkeypatch):
+    """Whatever is named in METRICS is in the evaluation, as a mean over the solutions; here the number of lines."""
+    monkeypatch.setitem(METRICS, "lines", lambda solution, gold: len(solution.splitlines()))
+    assert summarise(["She has 2.\n#### 2", "#### 3"], ["2", "3"], [1, 1], LANGUAGES)["lines"] == 1.5
+
+
+def test_accuracy_does_not_depend_on_the_reward(monkeypatch):
+    monkeypatch.setattr("reward.reward", lambda completion, gold: 0.5)
+    assert summarise(["#### 2", "#### 3"], ["2", "2"], [1, 1], LANGUAGES)["accuracy"] == 0.5
+    assert summarise(["#### 2", "#### 2"], ["2", "2"], [1, 1], LANGUAGES)["accuracy"] == 1.0
 
 
 def test_summary_by_hand():

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem import Handoff, build_tables, is_word_character, opens_word, token_bytes
+from tandem import SCHEDULES, Handoff, build_tables, is_word_character, opens_word, token_bytes
 
 
 def authors(pieces: list[bytes], ids: list[int], coins: str, schedule: str, **options) -> tuple[str, int]:
@@ -179,6 +179,12 @@ def test_bad_arguments():
         Handoff(table, "words", 0.5, torch.zeros(1, 1))
     with pytest.raises(ValueError, match="1.5"):
         Handoff(table, "word", 1.5, torch.zeros(1, 1))
+
+
+def test_a_schedule_is_added_in_one_place(monkeypatch):
+    """Whatever is named in SCHEDULES can be chosen: here a toss every third token."""
+    monkeypatch.setitem(SCHEDULES, "every third", lambda state, samples: state.since_toss >= 3)
+    assert authors([b"x"], [0] * 7, "SJS", "every third") == ("SSSJJJS", 3)
 
 
 def test_what_is_a_word_character():
