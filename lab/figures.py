@@ -245,7 +245,7 @@ def figure_1(folder: Path, runs: Runs) -> Path | None:
     for y, line in enumerate(question):
         write_text(ax, 0, y, line, font_size)
     for i, (stage, update) in enumerate(stages.items()):
-        left, verdict = i * (COLUMNS + GAP), "right" if rollouts[update]["reward"] else "wrong"
+        left, verdict = i * (COLUMNS + GAP), "right" if rollouts[update]["reward"] == 1 else "wrong"
         write_text(ax, left, len(question) + 0.5, f"{stage}: update {update}, {verdict}", font_size, weight="bold")
         for y, line in enumerate(texts[stage]):
             for x, author, text in line:
