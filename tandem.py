@@ -36,6 +36,8 @@ same answers for token ids; and the handoff for a batch. Models are run and samp
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
+from itertools import product
 
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -46,26 +48,53 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 # The definition, on strings
 
 
-def is_word_character(character: str) -> bool:
-    """Letters, combining marks and decimal digits join into words; everything else stands alone.
+# Classes of characters. Which neighbours belong together depends on their classes alone.
+OTHER, WORD, EXTENDER, JOINER, FLAG = range(5)
+
+
+def character_class(character: str) -> int:
+    """WORD for letters and decimal digits, which join into words. OTHER for what stands alone: punctuation, symbols, spaces.
 
     Punctuation never joins, so "don't" has a boundary on either side of its apostrophe, and in <<48/2=24>> nearly every
     token may be the other model's first. Ideographs and kana are letters to Unicode, but each of them counts as a word of
     its own, because Chinese and Japanese are written without spaces.
+
+    The other three keep visible characters whole. An EXTENDER belongs to the character before it: combining marks and vowel
+    signs, variation selectors, skin tones, and the zero-width non-joiner inside Persian words. The zero-width JOINER also
+    takes the character after it, as in emoji of families. Two FLAG letters make a flag.
     """
     category = unicodedata.category(character)
-    if category[0] not in "LM" and category != "Nd":
-        return False
+    if character == "\u200d":
+        return JOINER
+    if (
+        category[0] == "M"
+        or character == "\u200c"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+        or "\U000e0020" <= character <= "\U000e007f"
+    ):
+        return EXTENDER
+    if "\U0001f1e6" <= character <= "\U0001f1ff":
+        return FLAG
+    if category[0] != "L" and category != "Nd":
+        return OTHER
     name = unicodedata.name(character, "")
-    return not any(script in name for script in ("CJK", "IDEOGRAPH", "HIRAGANA", "KATAKANA"))
+    return OTHER if any(script in name for script in ("CJK", "IDEOGRAPH", "HIRAGANA", "KATAKANA")) else WORD
+
+
+def joins(left: int, right: int) -> bool:
+    """Whether neighbouring characters of these classes belong to one word or one visible character."""
+    if right in (EXTENDER, JOINER) or left == JOINER:
+        return True
+    return left == right and left in (WORD, FLAG)
 
 
 def opens_word(before: str, piece: str) -> bool:
     """Whether the token whose text is `piece` opens a new word after the text `before`.
 
-    A token that continues letters, marks or digits with letters, marks or digits does not open a word. If the text ends in
-    an incomplete UTF-8 character (U+FFFD after decoding), no token opens a word, because the character would be split. The
-    first token opens a word. The end token has no text and always opens one, so a coin also decides who may end the text.
+    It does unless its first character joins the last one of the text (extenders at the end of the text are looked through).
+    If the text ends in an incomplete UTF-8 character (U+FFFD after decoding), no token opens a word, because the character
+    would be split. The first token opens a word. The end token has no text and always opens one, so a coin also decides who
+    may end the text.
 
     >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/"), opens_word("/", "2")
     (True, False, True, True)
@@ -75,7 +104,12 @@ def opens_word(before: str, piece: str) -> bool:
         return True
     if before[-1] == "\ufffd":
         return False
-    return not (piece and is_word_character(before[-1]) and is_word_character(piece[0]))
+    return not (piece and joins(last_class(before), character_class(piece[0])))
+
+
+def last_class(text: str) -> int:
+    """The class of the last character that is not an extender; EXTENDER if there is none."""
+    return next((c for c in map(character_class, reversed(text)) if c != EXTENDER), EXTENDER)
 
 
 def next_token(before: str, active: str | None, senior_sample: str, junior_sample: str, coin: str) -> tuple[str, str]:
@@ -108,17 +142,17 @@ def next_token(before: str, active: str | None, senior_sample: str, junior_sampl
 # ----------------------------------------------------------------------------------------------------------------------
 # The same rule as tables over the vocabulary
 #
-# Decoding strings at every step of a batch would be slow. Whether a token opens a word depends only on its first character
-# and on the last character of the text. So a few boolean tables with one entry per token, built once, are enough, and a
-# step is a handful of lookups on the device.
+# Decoding strings at every step of a batch would be slow. Whether a token opens a word depends only on the class of its
+# first character and on that of the last character of the text. So a few tables with one entry per token, built once, are
+# enough, and a step is a handful of lookups on the device.
 
 
 @dataclass
 class BoundaryTables:
-    """What the schedules need to know about each token: tensors of shape (V,), boolean except `missing_bytes`."""
+    """What the schedules need to know about each token: tensors of shape (V,), boolean but for the first two and `missing_bytes`."""
 
-    first_is_word_character: torch.Tensor  # the token's first character joins words (is_word_character)
-    last_is_word_character: torch.Tensor  # its last character does
+    first_class: torch.Tensor  # the class of the token's first character
+    last_class: torch.Tensor  # the class of its last character that is not an extender (see last_class)
     continues_character: torch.Tensor  # it holds nothing but later bytes of a character that an earlier token began
     missing_bytes: torch.Tensor  # bytes that its last character still needs; negative if it only supplies such bytes
     starts_space: torch.Tensor  # it begins with a space, as " sold" does
@@ -127,6 +161,8 @@ class BoundaryTables:
     is_blank: torch.Tensor  # it is nothing but white space
     ends_line: torch.Tensor  # it ends in white space that includes a line break
     ends_sentence: torch.Tensor  # it ends a line, or ends in a sentence mark with or without white space after it
+
+    joins: torch.Tensor  # (5, 5): joins(left, right) as a table over the classes
 
     def to(self, device: torch.device | str) -> "BoundaryTables":
         return BoundaryTables(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -169,7 +205,8 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
 def build_tables(pieces: list[bytes]) -> BoundaryTables:
     """The boundary tables of a vocabulary, given the bytes of each token (see token_bytes)."""
     rows = [_table_row(piece) for piece in pieces]
-    return BoundaryTables(**{field.name: torch.tensor([row[field.name] for row in rows]) for field in fields(BoundaryTables)})
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    return BoundaryTables(**columns, joins=torch.tensor([[joins(left, right) for right in range(5)] for left in range(5)]))
 
 
 def _table_row(piece: bytes) -> dict[str, bool | int]:
@@ -177,10 +214,9 @@ def _table_row(piece: bytes) -> dict[str, bool | int]:
     text, continues_character, missing_bytes = _decode_piece(piece)
     stripped = text.rstrip()
     trailing_space = text[len(stripped) :]
-    # The word entries come from the definition itself, with the letter "a" as the neighbour on the other side.
     return {
-        "first_is_word_character": not opens_word("a", text),
-        "last_is_word_character": bool(text) and not opens_word(text, "a"),
+        "first_class": character_class(text[0]) if text else OTHER,
+        "last_class": last_class(text) if text else OTHER,
         "continues_character": continues_character,
         "missing_bytes": missing_bytes,
         "starts_space": text.startswith(" "),
@@ -195,25 +231,33 @@ def _table_row(piece: bytes) -> dict[str, bool | int]:
 def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
     """One token as (text, continues_character, missing_bytes). A token need not be valid UTF-8.
 
-    An incomplete character at the end is classified by its lead byte, by completing it with arbitrary bytes. The lead byte
-    nearly always decides what kind of character it is. Exceptions, such as × (which has the same lead byte as é), matter
-    only where a tokenizer splits them.
+    Of an incomplete character at the end only the first bytes are known, so it is taken for a typical one that begins so.
+    In most scripts these bytes decide its class. Exceptions, such as × (which begins like é), matter only where a tokenizer
+    splits them.
     """
     # Leading continuation bytes (0x80 to 0xBF) complete the character of an earlier token.
     own = piece.lstrip(bytes(range(0x80, 0xC0)))
     if piece and not own:
         return "", True, -len(piece)
     # The lead byte of the last multi-byte character says how many bytes the character has in all.
-    lead = max((i for i, byte in enumerate(own) if byte >= 0xC0), default=None)
-    length = 0 if lead is None else {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[own[lead] >> 4]
-    missing = 0 if lead is None else max(0, length - (len(own) - lead))
-    # Some lead bytes restrict the next byte (E0 needs A0 to BF, F0 needs 90 to BF, ED at most 9F); one of these fits each.
-    for filler in (b"\xa0", b"\x80", b"\x90"):
-        try:
-            return (own + filler * missing).decode(), False, missing
-        except UnicodeDecodeError:
-            continue
-    return own.decode(errors="replace"), False, 0
+    lead = max((i for i, byte in enumerate(own) if byte >= 0xC0), default=len(own))
+    length = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[own[lead] >> 4] if lead < len(own) else 0
+    missing = max(0, length - (len(own) - lead))
+    if not missing:
+        return own.decode(errors="replace"), False, 0
+    return own[:lead].decode(errors="replace") + typical_character(own[lead:], missing), False, missing
+
+
+@cache
+def typical_character(first_bytes: bytes, missing: int) -> str:
+    """A character that begins with these bytes and needs `missing` more: one of the most frequent class among the assigned ones."""
+    by_class: dict[int, list[str]] = {}
+    # With three bytes missing, every eighth value of each byte is enough.
+    for rest in product(range(0x80, 0xC0, 8 if missing == 3 else 1), repeat=missing):
+        character = (first_bytes + bytes(rest)).decode(errors="ignore")
+        if len(character) == 1 and unicodedata.category(character)[0] != "C" or character in ("\u200c", "\u200d"):
+            by_class.setdefault(character_class(character), []).append(character)
+    return max(by_class.values(), key=len, default="\ufffd")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,8 +275,8 @@ def before_every_token(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
 def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
     """opens_word as a lookup."""
-    joins_word = state.after_word_character & state.tables.first_is_word_character[samples]  # (B,)
-    return ~joins_word & (state.missing_bytes == 0)
+    joined = state.tables.joins[state.last_class, state.tables.first_class[samples]]  # (B,)
+    return ~joined & (state.missing_bytes == 0)
 
 
 def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
@@ -291,8 +335,8 @@ class Handoff:
         self.at_start, self.senior_active = ~no, no
         # Coins used so far, and tokens written since the last toss (the token that it was tossed for included).
         self.num_tosses, self.since_toss = zero, zero
-        # What the text ends in: a word character; an incomplete character, which needs so many bytes.
-        self.after_word_character, self.missing_bytes = no, zero
+        # What the text ends in: a character of this class; an incomplete character, which needs so many bytes.
+        self.last_class, self.missing_bytes = zero, zero
         # Its last token began with a space; it ends in white space.
         self.after_space, self.after_blank = no, no
         # It ends in a sentence mark, or in a line break, with or without white space after it.
@@ -321,8 +365,9 @@ class Handoff:
         """Update what the text ends in after the tokens `written` (B,)."""
         tables = self.tables
         continues = tables.continues_character[written]
-        # A token that only completes a character does not change the flag that was set when its first byte was written.
-        self.after_word_character = torch.where(continues, self.after_word_character, tables.last_is_word_character[written])
+        # The class stays if the token only extends the last character, or only completes it: then its first bytes decided.
+        last = tables.last_class[written]
+        self.last_class = torch.where(continues | (last == EXTENDER), self.last_class, last)
         # It supplies bytes of that character; any other token begins to count anew.
         still_missing = torch.where(continues, self.missing_bytes, 0)
         self.missing_bytes = (still_missing + tables.missing_bytes[written]).clamp(min=0)

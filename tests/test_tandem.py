@@ -1,11 +1,13 @@
 """The worked cases of the word-boundary schedules, and the tables against the definition on strings."""
 
+import random
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem import SCHEDULES, Handoff, build_tables, is_word_character, opens_word, token_bytes
+from tandem import EXTENDER, FLAG, JOINER, OTHER, SCHEDULES, WORD, Handoff, build_tables, character_class, opens_word, token_bytes
 
 
 def authors(pieces: list[bytes], ids: list[int], coins: str, schedule: str, **options) -> tuple[str, int]:
@@ -68,6 +70,74 @@ WORD_CASES = [  # cases 6 to 8
 def test_opens_word(before, piece, opens):
     assert opens_word(before, piece) is opens
     assert opens_word("x " + before, piece) is opens  # only the last character counts
+
+
+SCRIPTS = {
+    "German": "Schöne Äpfel kosten 3,50 €. Größe: 12-mal",
+    "Vietnamese": "Một quả táo giá 5 đồng, tiếng Việt",
+    "Russian": "Сколько яблок осталось? 12 штук",
+    "Greek": "Πόσα μήλα έχει; Έχει 12.",
+    "Hebrew": "לדני יש 12 תפוחים, כמה נשארו?",
+    "Arabic": "لدى سارة ١٢ تفاحة، كم بقي؟",
+    "Persian": "می\u200cخواهم ۱۲ کتاب\u200cها را بخوانم",
+    "Hindi": "राम के पास १२ किताबें हैं। कितनी बचीं?",
+    "Bengali": "রহিমের ১২টি আপেল আছে।",
+    "Punjabi": "ਰਾਮ ਕੋਲ ੧੨ ਕਿਤਾਬਾਂ ਹਨ।",
+    "Tamil": "ராமிடம் 12 புத்தகங்கள் உள்ளன.",
+    "Sinhala": "රාම්ට පොත් 12ක් තිබේ.",
+    "Thai": "สมชายมีแอปเปิล 12 ลูก",
+    "Lao": "ສົມຊາຍມີໝາກໂປມ 12 ໜ່ວຍ",
+    "Korean": "영희는 사과 12개를 가지고 있다.",
+    "Chinese": "小明有12个苹果，吃了5个。",
+    "Japanese": "太郎はリンゴを12個持っています。",
+}
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_tables_and_definition_agree_in_every_script(language):
+    """Letters, marks and digits cut into pieces of bytes in 30 ways, as byte-level tokenizers do: a toss wherever the whole
+    text opens a word, and none inside a character. (Punctuation stays whole: "،" begins like an Arabic letter.)"""
+    text = SCRIPTS[language]
+    data, starts = text.encode(), [len(text[:i].encode()) for i in range(len(text))]
+    whole = [character_class(character) not in (WORD, EXTENDER) or character == "\u200c" for character in text]
+    spans = [range(start + 1, start + len(c.encode())) for start, c, keep in zip(starts, text, whole) if keep]
+    forbidden = {cut for span in spans for cut in span}
+    for seed in range(30):
+        rng = random.Random(seed)
+        cuts = sorted({0, *(cut for cut in range(1, len(data)) if cut not in forbidden and rng.random() < 0.5)})
+        pieces = [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)])]
+        expected = [cut in starts and opens_word(data[:cut].decode(), data[cut:].decode()) for cut in cuts]
+        assert tosses_before(pieces) == expected
+
+
+def tosses_before(pieces: list[bytes]) -> list[bool]:
+    """Before which of the tokens, written in this order, a coin is tossed under the word schedule."""
+    handoff = Handoff(build_tables(pieces), "word", 0.5, torch.zeros(len(pieces) + 1, 1))
+    used = [0]
+    for token in range(len(pieces)):
+        handoff.choose(torch.tensor([token]), torch.tensor([token]))
+        used.append(handoff.num_tosses.item())
+    return [after > before for before, after in zip(used, used[1:])]
+
+
+@pytest.mark.parametrize(
+    ("units", "what"),
+    [
+        (["👩\u200d👩\u200d👧", " ", "👩\u200d💻", "x"], "emoji joined into one"),
+        (["❤\ufe0f", "a"], "a variation selector is no letter"),
+        (["1\ufe0f\u20e3", " "], "a keycap"),
+        (["🇩🇪", "a", "🇫🇷"], "flags"),
+        (["👍\U0001f3fd", "👍"], "skin tones"),
+        (["می\u200cخواهم", " "], "the zero-width non-joiner of Persian"),
+        (["e\u0301te\u0301", "."], "combining accents"),
+    ],
+)
+def test_visible_characters_are_never_cut(units, what):
+    """Written a character at a time, there is a toss at the start of each unit and nowhere else."""
+    expected = [i == 0 for unit in units for i in range(len(unit))]
+    assert tosses_before([character.encode() for unit in units for character in unit]) == expected
+    text = "".join(units)
+    assert [opens_word(text[:i], text[i]) for i in range(len(text))] == expected
 
 
 def test_no_toss_inside_a_character():
@@ -146,7 +216,7 @@ def test_the_definition_on_every_pair_of_a_vocabulary(tokenizer):
     table = build_tables(pieces)
     for i in whole:
         for j in whole:
-            joined = bool(table.last_is_word_character[i] & table.first_is_word_character[j])
+            joined = bool(table.joins[table.last_class[i], table.first_class[j]])
             assert joined != opens_word(pieces[i].decode(), pieces[j].decode()), (pieces[i], pieces[j])
 
 
@@ -187,6 +257,8 @@ def test_a_schedule_is_added_in_one_place(monkeypatch):
     assert authors([b"x"], [0] * 7, "SJS", "every third") == ("SSSJJJS", 3)
 
 
-def test_what_is_a_word_character():
-    assert all(map(is_word_character, "aZéßñ9٣й한ก\u0308"))
-    assert not any(map(is_word_character, " .,'-_/<=#三ひカ々ー🙂\n\u200b"))
+def test_classes_of_characters():
+    expected = {WORD: "aZéßñ9٣й한กक", EXTENDER: "\u0308\ufe0f\u200cि\U0001f3fd", JOINER: "\u200d", FLAG: "🇩"}
+    expected[OTHER] = " .,'-_/<=#三ひカ々ー🙂\n\u200b"
+    for name, characters in expected.items():
+        assert [character_class(character) for character in characters] == [name] * len(characters)
