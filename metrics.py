@@ -4,8 +4,9 @@
     jargon       share of solutions with "<<" or ">>". The paper counts calculator annotations (West et al., 2025); half an
                  annotation counts here too, because a handoff can cut one
     languages    share of solutions by their most likely language, among the languages passed in (library py3langid)
-    tokens       of an evaluation: mean length of a completion; of a training batch: its number of completion tokens
+    tokens       in an evaluation, the mean length of a completion; in a training batch, its total number of tokens
     handoffs     changes of author per rollout, and how many of them fall inside an expression such as 48/2=<<48/2=24>>24
+                 (evaluations count changes between texts, training batches also a change at the end token)
 
 A solution that mixes two languages is counted under the likelier one. Everything here works on text or on the masks of a
 batch and needs neither senior nor junior.
@@ -45,7 +46,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "jargon": lambda solution, gold: has_jargon(solution),
 }
 
-# Annotations, punctuation, digits and underscores. Apostrophes stay, because words contain them.
+# Annotations, punctuation, digits and underscores. The straight apostrophe stays, because words contain it.
 NOT_WORDS = re.compile(r"<<[^\n]*?>>|[^\w\s']|[\d_]")
 
 
@@ -77,7 +78,7 @@ def summarise(texts: Sequence[str], golds: Sequence[str], lengths: Sequence[int]
 # ----------------------------------------------------------------------------------------------------------------------
 # Handoffs
 
-# An operand is a number with its brackets and signs: "48", "(1,000", "$5.50", "20%)".
+# An operand is a number with its brackets, currency or percent sign: "48", "(1,000", "$5.50", "20%)".
 OPERAND = r"[($]*[0-9]+(?:[.,][0-9]+)*[)%]*"
 # Operands joined by operators and annotation marks, possibly cut off after an operator: "12-5=<<12-5=7>>7", "48 / 2 =".
 EXPRESSION = re.compile(rf"(?:<<)?{OPERAND}(?:\s?[-+*/×÷=<>]+\s?{OPERAND})+(?:\s?[=<>]+)?")
@@ -87,7 +88,7 @@ def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict:
     """Mean number of handoffs per rollout: all of them, and those inside an expression.
 
     Each rollout is a list of (author, text) spans, as returned by Rollouts.author_spans. Handoffs inside an expression are
-    where the pressure against jargon should come from: the junior has to finish arithmetic in a notation that it was never
+    where the paper sees the pressure against jargon: the junior has to finish arithmetic in a notation that it was never
     taught.
 
     >>> count_handoffs([[("senior", "She has 48/"), ("junior", "2=24"), ("senior", " clips")]])
@@ -109,7 +110,7 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
     """What a row of metrics.jsonl says about a training batch. rewards: (B,).
 
     logprob_right and logprob_wrong are the senior's mean log-probabilities in nats per token, whoever wrote the token, of
-    rollouts with full reward and of all others. If the latter falls without bound, c is too far below 0.
+    rollouts with full reward and of all others. A negative c pushes the latter down, and nothing bounds it from below.
     """
     num_tokens = int(rollouts.completion_mask.sum())
 

@@ -7,7 +7,7 @@ For a rollout y with reward r, each update follows the gradient of (West et al.,
     m_t  = 1 if the senior wrote y_t, else j                                                           (3)
 
 with respect to the senior's weights, with the sampled y and its reward held fixed. The senior scores every token, the
-junior's too, under its own prompt.
+junior's too, under its own prompt. (We know the paper from secondary sources, see run_gsm8k.py.)
 
     symbol   variable        meaning
     c        wrong_weight    0 discards wrong rollouts (the paper's main runs); below 0 makes them less likely (the paper
@@ -19,13 +19,16 @@ Worked example with c = -0.4 and j = 0.3. A right rollout written by senior, jun
 wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4.
 
 What this optimises. With j = 0, and under a schedule whose coins depend only on text already written (`token`, `redraw`),
-the gradient of (1) is that of the expected reward of the team, times 1 - c. Indeed w = (1 - c) * (r - b) with
-b = -c / (1 - c), so that c is a constant baseline. Under `word` this holds only approximately (see tandem.py). With j = 1,
-the paper's choice, (1) is not a policy gradient at all: the senior is also trained to imitate what the junior wrote in
-right rollouts. The value of the loss is no measure of progress; only its gradient is used. Watch the rewards instead.
+the gradient of (1) is that of the expected reward of the team, times 1 - c. Indeed w = r + c - c * r = (1 - c) * (r - b)
+with b = -c / (1 - c), so a negative c acts as a constant baseline b. Under `word` this holds only approximately, because
+discarded samples are missing from the sum (see tandem.py). With j > 0 (the paper's main runs have j = 1), (1) is not a policy
+gradient: the senior is also trained to imitate what the junior wrote in right rollouts, and with c < 0 to avoid what it
+wrote in wrong ones.
 
-There is no learned baseline, KL penalty or importance ratio here: the secondary sources that we could read mention none,
-and every update is on-policy. The training loop, with the loss expression itself, is in run_gsm8k.py.
+The loss is minus (1) divided by the number of completion tokens in the batch, so long texts weigh more than short ones, and
+the estimate is slightly biased because that number is random. Its value is no measure of progress, since texts and weights
+are drawn anew at every update. Only its gradient is used; watch the rewards instead. There is no learned baseline, KL
+penalty or importance ratio, and every update is on-policy. The training loop, with the loss expression, is in run_gsm8k.py.
 """
 
 import torch
@@ -39,8 +42,8 @@ from rollout import Rollouts, trim_left
 def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
     """The weights w(y) * m_t of equation (1): (B, C), zero at padding.
 
-    rewards: (B,) in [0, 1]. A partial credit r between 0 and 1 gives a weight between c and 1. Raises ValueError if the
-    shape or the range of the rewards is another.
+    rewards: (B,) in [0, 1]. A partial credit r between 0 and 1 gives a weight between c and 1. Raises ValueError if
+    rewards have another shape or lie outside [0, 1].
     """
     if rewards.shape != (len(rollouts),):
         raise ValueError(f"expected one reward per rollout, shape ({len(rollouts)},), got shape {tuple(rewards.shape)}")
@@ -98,7 +101,8 @@ def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.
 
     head = causal_lm.get_output_embeddings()
     if head.weight.requires_grad:
-        # Only when lab/tiny.py pretrains a base, whose vocabulary is small: autograd may store all logits.
+        # Only when lab/tiny.py pretrains a base, whose vocabulary is small: autograd may store all logits. Under LoRA the
+        # output layer is always frozen.
         logits = head(states).to(torch.promote_types(states.dtype, torch.float32))  # (N, V)
         flat = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]  # (N,)
     else:

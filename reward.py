@@ -1,8 +1,9 @@
 """The verifier: is the final number of a solution the right one?
 
-Tandem training uses the reward of ordinary RL on GSM8K (West et al., 2025): 1 if the final number of a rollout equals that
-of the reference solution, else 0. All tokens share it, no matter which model wrote them. Clarity is not rewarded directly.
-It pays indirectly: if the junior cannot follow what the senior wrote, it continues wrongly, and the rollout earns nothing.
+As in ordinary RL on GSM8K, and as in the paper (West et al., 2025), the reward is 1 if the final number of a rollout equals
+that of the reference solution, else 0. All tokens share it, no matter which model wrote them. Clarity is not rewarded
+directly. It pays indirectly: if the junior cannot follow what the senior wrote, it is likely to continue wrongly, and the
+rollout then tends to earn nothing.
 
     "She has 48/2 = <<48/2=24>>24 left.\\n#### 24"   final number "24", the first one after "####"
     "Of her 48 she has 24 left."                      final number "24", the last one, because there is no "####"
@@ -11,19 +12,20 @@ Every reference solution of GSM8K ends with "####" and the answer, such as "####
 same. After the mark the answer comes first, perhaps with a unit or a remark behind it. Without the mark, as from a chat
 model, intermediate results come first and the answer last.
 
-Not understood are units, fractions ("1/2"), decimal commas ("3,5"), scientific notation and numbers written out as words.
-The steps of a solution are not checked.
+The verifier does not understand units, fractions (it reads "1/2" as two numbers), decimal commas ("3,5"), scientific
+notation or numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks what the paper,
+as far as we know it, does not specify.
 """
 
 import re
 from collections import deque
 
-# -5, -$5, $-5, 1,000.50, 72, .5. We write [0-9] because \d would also match the digits of other scripts. No alternative
-# rescans a long run of digits, so matching takes linear time: a policy under RL may write anything.
+# -5, -$5, $-5, 1,000.50, 72, .5. We write [0-9] because \d would also match the digits of other scripts. A policy under RL
+# may write very long runs of digits; the pattern never rescans them, so matching takes linear time.
 NUMBER = re.compile(
     # A minus (ASCII or typographic) directly after a digit, a bracket or a point is a subtraction or range, not a sign.
     r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?"
-    # Groups of three digits between commas (so that 1,0000 is not 1,000) or plain digits, then a fraction; or only a fraction.
+    # Groups of three digits between commas (in "1,0000" there are none) or plain digits, then a fraction; or only a fraction.
     r"(?:([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(\.[0-9]+)?|(\.[0-9]+))"
 )
 
@@ -42,7 +44,7 @@ def final_number(text: str) -> str | None:
     match = NUMBER.search(after) if mark else None
     if match is None:
         # Open in paper: what to do without a number after "####". The last number of the whole text counts, as is usual for
-        # chat models. The deque keeps one match at a time.
+        # chat models. The deque runs through all matches and keeps the last one, in constant memory.
         match = next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
     return None if match is None else _normal_form(match)
 
@@ -67,7 +69,7 @@ def is_correct(completion: str, gold: str) -> bool:
 
 
 def reward(completion: str, gold: str) -> float:
-    """The reward of a rollout, between 0 and 1; here 1.0 if it is correct and 0.0 otherwise.
+    """The reward of a rollout: 1.0 if it is correct, else 0.0. Equation (2) of reinforce.py needs a number from 0 to 1.
 
     >>> reward("48/2 = <<48/2=24>>24\\n#### 24", "24"), reward("#### 25", "24")
     (1.0, 0.0)

@@ -3,7 +3,7 @@
 At every step t each of the two models samples its own candidate for the next token, under its own prompt x and after the
 same text y_<t. The handoff (tandem.py) decides who is active, and keeps that model's candidate (West et al., 2025):
 
-    y_t^senior ~ pi_senior( . | x_senior, y_<t ; T)        y_t = y_t^senior if the senior is active at step t
+    y_t^senior ~ pi_senior( . | x_senior, y_<t ; T)        y_t = y_t^senior if the senior is active after the toss, if any
     y_t^junior ~ pi_junior( . | x_junior, y_<t ; T)              y_t^junior otherwise
 
     symbol                  variable
@@ -16,9 +16,10 @@ The file begins with the algorithm for a single rollout, without a cache and wit
 batch: preallocated key-value caches, finished rows that leave the batch, and one forward pass for both models where the
 junior is the senior's own base. A test checks that the two agree, token by token.
 
-All random numbers are drawn before the first token, for every row, step and model, and for every row and coin. So, up to
-rounding, a row's text does not depend on which other rows are in the batch, and with p = 1 it is exactly what the senior
-writes alone. There is no top-k or top-p sampling here, because the loss computes log-probabilities under the full softmax.
+All random numbers are drawn in advance: one per row, step and model for sampling, and one per row and possible toss for the
+coins. So, up to rounding, a row's text does not depend on which other rows are in the batch, and the senior samples with
+the same numbers in its solo and its joint rollouts. There is no top-k or top-p sampling here, because the loss computes
+log-probabilities under the full softmax.
 """
 
 import itertools
@@ -122,7 +123,7 @@ def random_numbers(batch: int, max_new_tokens: int, seed: int) -> tuple[torch.Te
     """(noise (2, C, B), coins (C, B)), uniform in [0, 1): for sampling by the two models, and for the coins.
 
     Two generators, so that the random numbers for sampling are the same whatever p is. The steps C come first, because a step
-    reads one row of each. (torch's CPU generator keeps 32 bits of its seed, so seeds must stay below 2**31.)
+    reads one row of each. (torch's CPU generator keeps 32 bits of its seed, so 2 * seed + 1 must stay below 2**32.)
     """
     for_tokens, for_coins = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
     noise = torch.rand(2, max_new_tokens, batch, generator=for_tokens)
@@ -234,8 +235,8 @@ def make_decoders(pair: Pair, senior_prompts, junior_prompts, max_new_tokens: in
     if p == 0:
         return [CachedDecoder(pair.junior, *junior_prompts, max_new_tokens)], [JUNIOR]
     if hasattr(pair.junior, "beside_senior"):
-        # The junior is the senior's base with the adapter off (lab/models.SharedJunior). One forward pass over 2B rows serves
-        # both: the adapter is on for the first B rows, the senior's, and off for the others.
+        # The junior is the senior's base with the adapter off (SharedJunior in lab/models.py). One forward pass over 2B rows
+        # serves both: the adapter is on for the first B rows, the senior's, and off for the others.
         width = max(senior_prompts[0].shape[1], junior_prompts[0].shape[1])
         padded = [[functional.pad(x, (width - x.shape[1], 0)) for x in prompts] for prompts in (senior_prompts, junior_prompts)]
         ids, mask = (torch.cat(parts) for parts in zip(*padded))  # (2B, P) each
@@ -254,9 +255,9 @@ class CachedDecoder:
         rows, width = prompt_ids.shape
         self.model, self.num_roles, self.length = model, num_roles, 0
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + max_new_tokens))
-        # Every later token is visible, so the mask can be allocated now. What a finished row reads does not matter.
+        # Only prompts contain padding, so the mask is 1 at all later positions. What a finished row reads does not matter.
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
-        # The position of the next token. Padding does not count, or rows would depend on the longest prompt of their batch.
+        # The position of the next token. Padding does not count; otherwise a row would depend on the longest prompt.
         self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1)
         # Prefill: the whole prompts in one pass. (The positions of padding, -1 before the clamp, are masked.)
         self._forward(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
@@ -289,7 +290,7 @@ class CachedDecoder:
 class RolloutBuffer:
     """The completions while they are being written: B rows of C columns, filled column by column."""
 
-    # Looking for finished rows forces a GPU synchronisation, so it happens every 4 steps.
+    # Looking for finished rows makes the CPU wait for the GPU, so it happens every 4 steps.
     CHECK_EVERY = 4
     # Compaction copies the key-value cache, so it waits until 20 % of the remaining rows have finished.
     COMPACT_AT = 0.8
@@ -336,7 +337,8 @@ class RolloutBuffer:
 class PreallocatedLayer(DynamicLayer):
     """The key-value cache of one layer, allocated once. The stock DynamicCache concatenates, and so copies, at every step.
 
-    It overrides the two methods of transformers' DynamicLayer that decoding uses, and keeps `keys` and `values` as it does.
+    It overrides the two methods of transformers' DynamicLayer that decoding uses and, like it, exposes the filled part as
+    `keys` and `values`.
     """
 
     def __init__(self, capacity: int):
@@ -393,7 +395,8 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
     """End every completion before the text `stop`: the token in which it begins, and all after it, become padding.
 
     A model that was shown solved examples may continue after its answer by inventing another question. The verifier does
-    not see it, and it is masked out of the loss and of all counts of tokens, so that running on is not reinforced.
+    not see it, and it is masked out of the loss and of all counts of tokens, so that running on is not reinforced. (Nor is
+    it discouraged: a completion that is cut off has no end token.)
     """
     mask = rollouts.completion_mask.clone()  # (B, C)
     for row in range(len(rollouts)):

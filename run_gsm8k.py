@@ -11,13 +11,14 @@ Without a GPU these commands use the tiny preset, which needs no download. With 
 in 4 bits on the real GSM8K; add --preset tiny for the tiny one. One update, as `train` does it below (B rollouts, C tokens
 per completion; x are the prompts, y_t is token t):
 
-    problem ─┬ x_senior ─ senior ┐ both propose a token; the active model's is kept,    rollout.py, tandem.py
-             └ x_junior ─ junior ┘ and a coin names the active model at each new word
+    problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin        rollout.py, tandem.py
+             └ x_junior ─ junior ┘ names the active model; its proposal is written
                   └─> completion_ids, senior_mask (B, C), texts
     texts ─> rewards (B,) ─> weights (B, C)                                             reward.py, reinforce.py
     weights x log pi_senior (B, C) ─> loss ─> one LoRA step ─> one row of metrics.jsonl ─> figures
 
-Deviations from the paper. (We had access to secondary sources only, not to its full text.)
+What we know of the paper, its figures and its Appendix E comes from secondary sources; we had no access to its full text.
+Deviations from it:
 
 1) Without a GPU, the models are a shipped Llama of half a million parameters and the problems are generated, so that the
    effect shows within minutes. --preset paper has the paper's models and problems.
@@ -29,8 +30,8 @@ Deviations from the paper. (We had access to secondary sources only, not to its 
 What the paper leaves open is marked `# Open in paper:` where it is decided, and listed in the README.
 
 A *setting* is a list of arms, and an *arm* is a set of flags. For each seed, all arms with the same senior language start
-from the same *specialist*: the senior, fine-tuned to annotate its solutions with <<48/2=24>>, which the junior is not.
-(The paper's senior is a specialist already.) What a run leaves on disk is described in lab/runs.py.
+from the same *specialist*: the senior after fine-tuning on annotated solutions (<<48/2=24>>). The junior gets no such
+fine-tuning. (The paper's senior is a specialist already.) What a run leaves on disk is described in lab/runs.py.
 """
 
 # ruff: noqa: I001  `lab` comes first: it sets OMP_WAIT_POLICY, which torch reads when it is imported
@@ -80,7 +81,8 @@ ARMS: dict[str, dict] = {
     # Every other schedule of tandem.py ("word" is the arm "tandem"), and other probabilities p.
     **{schedule: {"handoff": schedule} for schedule in SCHEDULES if schedule != "word"},
     **{f"p-{p}": {"p": p} for p in (0.25, 0.75)},
-    # What is left without the reward, and what is left without imitation.
+    # With j = 1 the loss also imitates the junior. "shuffled" keeps the imitation and makes the reward meaningless;
+    # "senior-only" (j = 0) keeps the reward and removes the imitation.
     "shuffled": {"rewards": "shuffled"},
     "senior-only": {"junior_weight": 0.0},
     "de-fr-shuffled": in_languages("de-fr") | {"rewards": "shuffled"},
@@ -231,7 +233,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
     senior, parameters = pair.senior, models.trainable_parameters(pair.senior)
     # Open in paper: the optimizer. We use AdamW without weight decay, a constant learning rate and gradient clipping.
     optimizer = (PagedAdamW8bit if args.eight_bit_adam else torch.optim.AdamW)(parameters, lr=args.lr, weight_decay=0.0)
-    # A run that diverged may have left a gradient behind.
+    # All runs share one model, and a run that was stopped midway may have left a gradient in it.
     optimizer.zero_grad()
     last_update = runs.load_checkpoint(runs.run_folder(args), senior, optimizer) if args.resume else None
     runs.write_config(args)
@@ -243,7 +245,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
     progress = dict(desc=f"{args.arm} seed {args.seed}", unit="update", disable=not parallel.is_main())
     for update in tqdm(range(last_update + 1, args.updates + 1), **progress):
         started = time.time()
-        # 1. The next problems. Each one gets several rollouts, as in the paper.
+        # 1. The next problems; load_problems gives enough for all updates. Each gets several rollouts, as in the paper.
         n = args.batch // args.rollouts_per_prompt
         batch = [problem for problem in problems[(update - 1) * n : update * n] for _ in range(args.rollouts_per_prompt)]
         # 2. Rollouts: senior and junior write each solution together. Under standard RL (p = 1) the senior writes alone.
@@ -259,7 +261,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
             rewards = rewards[order.to(args.device)]
         # 4. Weights (B, C): 1 for tokens of right rollouts and c for those of wrong ones, times j for the junior's tokens.
         weights = token_weights(rollouts, rewards, args.wrong_weight, args.junior_weight)
-        # 5. Loss: minus equation (1) of reinforce.py, as a sum over micro-batches. With c = 0 they hold right rollouts only.
+        # 5. Loss: minus equation (1) of reinforce.py, as a sum over micro-batches of the rollouts that have a weight.
         # Open in paper: the normalisation. We divide by the number of completion tokens of the whole batch, right or wrong.
         num_tokens, loss = rollouts.completion_mask.sum(), 0.0
         parts = micro_batches(rollouts, weights, args.micro_tokens)
@@ -283,7 +285,8 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
 def generate(problems: list[tasks.Problem], args: argparse.Namespace, pair: Pair, p: float, seed: int) -> Rollouts:
     """One rollout per problem. The same seed gives the same rollouts.
 
-    Seeds are seed * 10**6 + update in training and 10**9 + seed in evaluations, so that no two batches share their numbers.
+    Seeds are seed * 10**6 + update in training and 10**9 + seed in evaluations, so that the batches of a run never share
+    their random numbers with each other or with its evaluations (--seed is at most 499 for that reason).
     """
     # Random numbers belong to rows of the whole batch, so the rollouts do not depend on the number of processes.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
@@ -317,8 +320,9 @@ def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, he
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-# Who writes in an evaluation: the senior alone (p = 1), both together, the junior alone (p = 0). Seniors that were trained
-# alone are evaluated together with the junior too: that comparison is the point.
+# Who writes in an evaluation: the senior alone (p = 1), both together, the junior alone (p = 0). Both together means with
+# the arm's own p and schedule. Seniors that were trained alone are evaluated together with the junior too (p = 0.5, word):
+# that comparison is the point.
 WRITERS = ("senior", "tandem", "junior")
 # Rollouts per evaluation that are kept as text.
 SAMPLES = 4

@@ -1,10 +1,10 @@
 """The handoff: at which tokens may the writer change, and who writes the next token?
 
 In tandem training (West et al., 2025) a trained *senior* and a frozen, weaker *junior* write one solution together. At
-every step both models sample a candidate for the next token, each under its own prompt. One of the two is *active*: its
-candidate is written, and it is recorded as the author of the token. Whenever the active model's candidate opens a new
-word, a coin is tossed first. It names who is active from then on: the senior with probability p, else the junior. A trace
-with p = 0.5, token by token:
+every step both models sample a candidate for the next token, each under its own prompt. One of them is *active*. If the
+active model's candidate opens a new word, a coin is tossed, which names who is active from then on: the senior with
+probability p, else the junior. Then the candidate of the model that is active now is written, and it is recorded as the
+author. A trace with p = 0.5, token by token:
 
     active    senior's   junior's   active model's       coin     written    author
     before    sample     sample     opens a word?
@@ -24,10 +24,11 @@ There are five schedules, which differ in when the coin is tossed:
     redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
 
 In the third row of the trace the senior was active, and its own sample " sells" caused the toss, but is not part of the
-text. How often that happens depends on the senior's weights, yet no written token accounts for it. A loss over written
-tokens therefore gives only an approximate policy gradient under `word`, `sentence` and `paragraph`. Under `token` and
-`redraw` the tosses depend only on text that is already written, and the gradient is exact. tests/test_gradients.py checks
-both by enumerating every path of a small pair of models.
+text. (The token that is then written need not open a word itself: had the junior sampled "s", the text would be "Tommys".)
+The senior's weights decide how often it proposes such a token. That choice shapes the text too, but its log-probability is
+not in a loss over written tokens, so the policy gradient is only approximate under `word`, `sentence` and `paragraph`.
+Under `token` and `redraw` the tosses depend only on text that is already written, and the gradient is exact.
+tests/test_gradients.py checks both by enumerating every path of a small pair of models.
 
 The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary, which give the
 same answers for token ids; and the handoff for a batch. Models are run and sampled in rollout.py.
@@ -46,7 +47,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The definition, on strings
-
 
 # Classes of characters. Which neighbours belong together depends on their classes alone.
 OTHER, WORD, EXTENDER, JOINER, FLAG = range(5)
@@ -92,9 +92,9 @@ def opens_word(before: str, piece: str) -> bool:
     """Whether the token whose text is `piece` opens a new word after the text `before`.
 
     It does unless its first character joins the last one of the text (extenders at the end of the text are looked through).
-    If the text ends in an incomplete UTF-8 character (U+FFFD after decoding), no token opens a word, because the character
-    would be split. The first token opens a word. The end token has no text and always opens one, so a coin also decides who
-    may end the text.
+    The first token opens a word. If the text ends in an incomplete UTF-8 character (U+FFFD after decoding), no token opens
+    one, because the character would be split. Otherwise the end token, which has no text, opens one, so a coin also decides
+    who may end the text.
 
     >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/"), opens_word("/", "2")
     (True, False, True, True)
@@ -142,9 +142,9 @@ def next_token(before: str, active: str | None, senior_sample: str, junior_sampl
 # ----------------------------------------------------------------------------------------------------------------------
 # The same rule as tables over the vocabulary
 #
-# Decoding strings at every step of a batch would be slow. Whether a token opens a word depends only on the class of its
-# first character and on that of the last character of the text. So a few tables with one entry per token, built once, are
-# enough, and a step is a handful of lookups on the device.
+# Decoding strings at every step of a batch would be slow. Whether a token opens a word depends on the class of its first
+# character, on that of the last character of the text, and on whether that character is complete. So a few tables with one
+# entry per token, built once, are enough, and a step is a handful of lookups on the device.
 
 
 @dataclass
@@ -280,7 +280,10 @@ def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
 
 def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """A sentence mark ends a sentence only if white space follows, so "3.5" does not end one. A line break always does."""
+    """A sentence mark ends a sentence only if white space follows ("3.5" does not end one) or it is full-width, as in Chinese.
+
+    A line break always does.
+    """
     return state.sentence_over & _begins_after_blank(state, samples)
 
 
@@ -289,7 +292,7 @@ def before_a_paragraph(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
 
 def after_a_space(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """Tandem RL's redraw: the toss comes after the token " so", so a new writer may continue the word with "ld"."""
+    """Tandem RL's redraw, which depends on written text only. After " so" the next writer may continue the word with "ld"."""
     return state.after_space | (state.since_toss >= state.max_gap)
 
 
@@ -314,7 +317,7 @@ class Handoff:
     """The state of B unfinished rollouts: who is active in each, and what its text ends in.
 
     coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and names the senior where
-    it is below p. The coins have a random generator of their own, so that p = 1 gives exactly the senior's solo rollouts.
+    it is below p. Coins are drawn separately from the numbers for sampling, so the number of tosses never changes a sample.
     Raises ValueError for an unknown schedule or a p outside [0, 1].
     """
 
@@ -335,11 +338,11 @@ class Handoff:
         self.at_start, self.senior_active = ~no, no
         # Coins used so far, and tokens written since the last toss (the token that it was tossed for included).
         self.num_tosses, self.since_toss = zero, zero
-        # What the text ends in: a character of this class; an incomplete character, which needs so many bytes.
+        # The class of the last character of the text, and how many bytes that character still lacks.
         self.last_class, self.missing_bytes = zero, zero
-        # Its last token began with a space; it ends in white space.
+        # Whether the last token began with a space, and whether the text ends in white space.
         self.after_space, self.after_blank = no, no
-        # It ends in a sentence mark, or in a line break, with or without white space after it.
+        # Whether a sentence or a line is over: nothing but white space has followed its mark or line break.
         self.sentence_over, self.line_over = no, no
 
     def choose(self, senior_ids: torch.Tensor, junior_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,7 +371,7 @@ class Handoff:
         # The class stays if the token only extends the last character, or only completes it: then its first bytes decided.
         last = tables.last_class[written]
         self.last_class = torch.where(continues | (last == EXTENDER), self.last_class, last)
-        # It supplies bytes of that character; any other token begins to count anew.
+        # A token with nothing but later bytes of a character lowers the count; any other token starts a new one.
         still_missing = torch.where(continues, self.missing_bytes, 0)
         self.missing_bytes = (still_missing + tables.missing_bytes[written]).clamp(min=0)
         self.after_space, self.after_blank = tables.starts_space[written], tables.ends_blank[written]
