@@ -265,7 +265,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         # Open in paper: the normalisation. We divide by the number of completion tokens of the whole batch, right or wrong.
         num_tokens, loss = rollouts.completion_mask.sum(), 0.0
         parts = micro_batches(rollouts, weights, args.micro_tokens)
-        for part, part_weights in parts[parallel.rank() :: parallel.world_size()]:  # each process takes its share
+        for part, part_weights in parts[parallel.process_index() :: parallel.world_size()]:  # each process takes its share
             logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
             part_loss = -(part_weights * logprobs).sum() / num_tokens
             part_loss.backward()
@@ -367,12 +367,12 @@ def main(argv: list[str] | None = None) -> None:
         # Check folders, tokenizers, problems and memory before anything slow.
         names = [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
         # Which base this is goes into config.json; --resume insists on the same one.
-        args.base = tiny.identity() if args.senior == "tiny" else Path(args.senior).name
+        args.base = tiny.identity(names[0])
         for run in runs_of(args):
             runs.check_folder(run)
-        longest_prompt = tasks.longest_prompt(runs_of(args), models.load_tokenizers(*names))
+        tokenizers = models.load_tokenizers(*names)
         args.device = parallel.start(args.device)
-        memory.fit_to_memory(args, *names, longest_prompt)  # may lower --rollout-batch and --micro-tokens
+        args.rollout_batch, args.micro_tokens = memory.fit_to_memory(args, *names, runs_of(args), tokenizers)
         pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
@@ -385,7 +385,6 @@ def main(argv: list[str] | None = None) -> None:
         for setting in SETTINGS if args.setting == "all" else [args.setting]:
             figures.draw(Path(args.out), setting, SETTINGS[setting])
     print(f"finished after {(time.time() - started) / 60:.1f} minutes")
-    parallel.end()
     if diverged:
         sys.exit("\n".join(diverged))
 

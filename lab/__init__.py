@@ -1,8 +1,8 @@
-"""What the experiments stand on: problems, models, the specialist, the tiny base, run folders, memory, figures, benchmark.
+"""Everything around the algorithm: problems, models, the specialist, the tiny base, run folders, memory, figures, benchmark.
 
-Import this package before torch. By default, OpenMP threads wait for each other in a busy loop. If another program takes a
-core, they lose most of their time in it. With the passive policy they sleep instead, which costs little on a quiet
-machine. An OMP_WAIT_POLICY that is already in the environment is kept.
+Import this package before torch. By default, idle OpenMP threads spin. If another program occupies a core, the remaining
+threads waste most of their time spinning. The passive policy lets them sleep, which costs little on a quiet machine. An
+OMP_WAIT_POLICY that is already in the environment is kept.
 """
 
 import logging

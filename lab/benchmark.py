@@ -18,7 +18,7 @@ but `ending` write the same number of tokens. `generate` and `tandem` are also c
     tandem    rollout.py with p = 0.5
     ending    the same, but a rollout ends at its end token, and finished rows leave the batch (tiny only)
 
-Without --only, every part runs that the machine can run. Nothing here measures the quality of a model (run_gsm8k.py
+Without --only all parts run (cuda only where there is a GPU). Nothing here measures the quality of a model (run_gsm8k.py
 does). Times on a busy machine say little; their ratios say somewhat more.
 """
 
@@ -26,7 +26,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -44,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lab import models, problems, tiny
 from lab.memory import GIB, RESERVE, Plan, shape_of
-from lab.runs import describe_code
+from lab.runs import describe_machine
 from reinforce import completion_logprobs, micro_batches, plain_loss, select
 from rollout import Pair, Rollouts, random_numbers, rollout, sample
 from tandem import Handoff, build_tables, token_bytes
@@ -151,7 +149,8 @@ def plain_rollout(pair: Pair, prompts: tuple[torch.Tensor, torch.Tensor], steps:
     batch, device = len(ids), ids.device
     handoff = Handoff(pair.tables, "word", 0.5, torch.rand(steps, batch).to(device))
     both = (pair.senior, pair.junior)
-    outputs = [model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1) for model in both]
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
+    outputs = [model(**inputs, logits_to_keep=1) for model in both]
     for _ in range(steps):
         samples = [sample(output.logits[:, -1], torch.rand(batch).to(device), TEMPERATURE)[0] for output in outputs]
         written, _ = handoff.choose(*samples)  # (B,)
@@ -355,9 +354,7 @@ def memory_once(kind: dict, sizes: dict, device: str) -> dict[str, dict[str, flo
     own.
     """
     shapes = [shape_of(llama(kind["hidden"], kind["layers"]))] * (1 if kind["shared"] else 2)
-    options = dict(
-        four_bit=True, number_size=2 if device == "cuda" else 4, rank=16, checkpointing=kind["checkpointing"], eight_bit_adam=False
-    )
+    options = dict(four_bit=True, half_precision=device == "cuda", rank=16, checkpointing=kind["checkpointing"], eight_bit_adam=False)
     plan = Plan(shapes, **options, prompt=sizes["prompt"], new=sizes["new"])
     rollout_batch, micro_tokens = plan.fit(24 * GIB - RESERVE, sizes["rollout_batch"], sizes["micro_tokens"])
     sizes = sizes | {"rollout_batch": rollout_batch, "micro_tokens": micro_tokens}
@@ -472,30 +469,24 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.only == "cuda" and device == "cpu":
         sys.exit("error: --only cuda: this machine has no CUDA device")
-    code = describe_code()  # now, because files may change while a long measurement goes on
     runnable = [part for part in PARTS if part != "cuda" or device == "cuda"]
     for part in [args.only] if args.only else runnable:
         started = time.time()
         rows = PARTS[part](args, device)
         if args.out:
             minutes = round((time.time() - started) / 60, 1)
-            write(Path(args.out), part, {**describe_machine(device), "commit": code, "minutes": minutes, "rows": rows})
+            write(Path(args.out), part, {**describe_machine(device), "minutes": minutes, "rows": rows})
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="What rollouts and updates cost.")
-    parser.add_argument("--only", choices=PARTS, help="measure one part; without it every part that the machine can run")
+    parser.add_argument("--only", choices=PARTS, help="measure one part; without it all of them, cuda only where there is a GPU")
     parser.add_argument("--smol", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder of the model of part smol")
     parser.add_argument("--repeats", type=int, default=5, help="measurements per method, of which the median is reported")
     parser.add_argument("--out", help="write the numbers of each part to this JSON file, and keep those of other parts there")
     # For in_a_process.
     parser.add_argument("--call", help=argparse.SUPPRESS)
     return parser
-
-
-def describe_machine(device: str) -> dict:
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"machine": machine, "versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def write(path: Path, part: str, numbers: dict) -> None:

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.runs import read_rows, read_samples
+from lab.runs import read_rows
 from metrics import has_jargon, wilson_interval
 
 Rows = list[dict]  # the rows of one metrics.jsonl
@@ -59,7 +59,7 @@ STYLES = [Style(colour, marker, line) for line in ("-", "--", ":") for colour, m
 JUNIOR_GREY = "#555555"
 
 # The known languages, and the styles of any other one.
-LANGUAGES = {"en": ("English", STYLES[0]), "de": ("German", STYLES[3]), "fr": ("French", STYLES[4])}
+LANGUAGE_STYLES = {"en": ("English", STYLES[0]), "de": ("German", STYLES[3]), "fr": ("French", STYLES[4])}
 OTHER_LANGUAGE_STYLES = [STYLES[1], STYLES[2], *STYLES[5:]]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Point(NamedTuple):
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share of n solutions, which has a Wilson interval. Any other one is a number of any kind."""
+    """Whether a metric is a share of n solutions, with a Wilson interval. Anything else is averaged and has no interval."""
     return metric in ("accuracy", "jargon") or metric.startswith("languages.")
 
 
@@ -257,7 +257,7 @@ def figure_1(folder: Path, runs: Runs) -> Path | None:
 
 
 def write_text(ax: Axes, x: float, y: float, text: str, font_size: float, **look) -> None:
-    """Monospaced text, in which a pair of dollar signs is no formula."""
+    """Monospaced text, in which dollar signs are not read as TeX."""
     ax.text(x, y, text, family="monospace", fontsize=font_size, va="center", ha="left", parse_math=False, **look)
 
 
@@ -270,7 +270,7 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
     candidates = []
     for path in files:
         by_question: dict[str, dict[int, dict]] = {}
-        for sample in read_samples(path):
+        for sample in read_rows(path):
             if sample["who"] == "tandem":
                 by_question.setdefault(sample["question"], {})[sample["update"]] = sample
         candidates += [samples for samples in by_question.values() if len(samples) >= 3]
@@ -355,7 +355,7 @@ def runs_by_pair(folder: Path, runs: Runs) -> dict[str, Runs]:
 
 
 def language_name(code: str) -> str:
-    return LANGUAGES[code][0] if code in LANGUAGES else code
+    return LANGUAGE_STYLES[code][0] if code in LANGUAGE_STYLES else code
 
 
 def title_of(pair: str) -> str:
@@ -387,10 +387,9 @@ def figure_2_languages(folder: Path, runs: Runs) -> Path:
 
 
 def label_updates(axes) -> None:
-    """Label the x axes of the lowest row. The blank labels above it keep all panels equally high."""
-    for row in axes:
-        for ax in row:
-            ax.set_xlabel(" ")
+    """Label the x axes of the lowest row. The blank labels above it keep all panels of equal height."""
+    for ax in axes.flat:
+        ax.set_xlabel(" ")
     for ax in axes[-1]:
         ax.set_xlabel("updates")
 
@@ -417,8 +416,8 @@ def figure_3(folder: Path, runs: Runs) -> Path:
 def languages_to_draw(runs: Runs) -> dict[str, tuple[str, Style]]:
     """{code: (name, style)}: the known languages, and any other one in which a senior has written a solution."""
     written = {code for seeds in runs.values() for code in languages_written(seeds)}
-    others = zip(sorted(written - set(LANGUAGES)), cycle(OTHER_LANGUAGE_STYLES))
-    return LANGUAGES | {code: (code, style) for code, style in others}
+    others = zip(sorted(written - set(LANGUAGE_STYLES)), cycle(OTHER_LANGUAGE_STYLES))
+    return LANGUAGE_STYLES | {code: (code, style) for code, style in others}
 
 
 def languages_written(seeds: list[Rows]) -> list[str]:
@@ -433,7 +432,7 @@ def senior_evaluations(seeds: list[Rows]) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Granularity
 
-SCHEDULES = ("token", "word", "redraw", "sentence", "paragraph")  # from many handoffs to few
+SCHEDULE_ORDER = ("token", "word", "redraw", "sentence", "paragraph")  # from many handoffs to few
 
 
 def figure_granularity(folder: Path, runs: Runs) -> Path:
@@ -460,9 +459,9 @@ def probability_of(flags: dict) -> float:
 
 
 def schedule_labels(flags: dict[str, dict]) -> dict[str, str]:
-    """{arm: schedule} of the arms with p = 0.5, a schedule that is not in SCHEDULES last."""
+    """{arm: schedule} of the arms with p = 0.5, a schedule that is not in SCHEDULE_ORDER last."""
     arms = [arm for arm in flags if probability_of(flags[arm]) == 0.5]
-    order = [*SCHEDULES, *(flags[arm]["handoff"] for arm in arms)]
+    order = [*SCHEDULE_ORDER, *(flags[arm]["handoff"] for arm in arms)]
     return {arm: flags[arm]["handoff"] for arm in sorted(arms, key=lambda arm: order.index(flags[arm]["handoff"]))}
 
 
@@ -487,7 +486,7 @@ def distinct_labels(labels: dict[str, str]) -> dict[str, str]:
 def merge_equal(runs: Runs, arms: dict[str, str]) -> dict[str, str]:
     """{label: arm}, where arms whose rows are equal in every number but the seconds share one label, such as "token = word".
 
-    Two schedules may be one: in the tiny world nearly every word is one token and every sentence one line.
+    Two schedules may give identical rollouts: in the tiny world nearly every word is one token and every sentence one line.
     """
     equal: dict[str, list[str]] = {}  # {all numbers of an arm: the labels of the arms that have them}
     for label, arm in arms.items():

@@ -1,4 +1,4 @@
-"""What a run will need of a device's memory, planned before it starts, and the largest batches that fit.
+"""Estimates the peak memory of a run before it starts, and chooses the largest batches that fit.
 
     peak = weights + adapter + max(rollout, update)
 
@@ -8,8 +8,8 @@
     adapter   Plan.adapter()      LoRA's A and B in float32, their gradients, and AdamW's two moments (with --eight-bit-adam
                                   one byte each)
     rollout   Plan.rollout(...)   the key-value caches of senior and junior, and the larger of prefill and sampling
-    update    Plan.update(...)    what the backward pass needs of every layer (with --checkpointing the input of each layer
-                                  and the inside of one), and the logits that exist at one time
+    update    Plan.update(...)    the activations of every layer (with --checkpointing the input of every layer and the
+                                  activations of the one that is being recomputed), and the logits of one chunk
 
 Example: two checkpoints of Llama-2-7B in 4 bits with rank 16, 8-bit AdamW and checkpointing have 7.2 GiB of weights and
 381 MiB of adapter and optimiser. A budget of 24 GiB leaves room for 31 rollouts of 200 + 256 tokens at one time (14.7 GiB),
@@ -27,35 +27,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lab import models, parallel
+from lab import problems as tasks
 from reinforce import LOGITS_AT_ONCE
 
 GIB = 2**30
 RESERVE = 0.75 * GIB  # kept free on a CUDA device for cuBLAS and for what the allocator cannot use
 
 
-def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, longest_prompt: int) -> None:
-    """Print the memory plan of a run, after cutting args.rollout_batch and args.micro_tokens to what fits.
+def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list[argparse.Namespace], tokenizers: list) -> tuple[int, int]:
+    """Print the memory plan and return (rollout_batch, micro_tokens): those of the flags, cut to what fits.
 
-    senior, junior: the two checkpoints. longest_prompt: in tokens, over all runs that share `args`. The budget is --memory,
-    or else the free memory of the GPU; on a CPU without --memory nothing is cut. Raises ValueError if nothing fits.
+    senior, junior: the two checkpoints. runs: the flags of every run, for the longest prompt of all. The budget is --memory,
+    or else the free memory of the GPU; on a CPU without --memory nothing is cut. Raises ValueError if nothing fits, and what
+    load_problems raises.
     """
     on_gpu = args.device.startswith("cuda")
-    shapes = [shape_of(models.load_config(name)) for name in dict.fromkeys((senior, junior))]
+    shapes = [shape_of(models.load(AutoConfig, name)) for name in dict.fromkeys((senior, junior))]
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
     eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
-    plan = Plan(
-        shapes, args.four_bit, 2 if on_gpu else 4, args.rank, args.checkpointing, eight_bit_adam, longest_prompt, args.max_new_tokens
-    )
-    available = args.memory * GIB if args.memory else torch.cuda.mem_get_info()[0] if on_gpu else math.inf
+    options = dict(four_bit=args.four_bit, half_precision=on_gpu, rank=args.rank, checkpointing=args.checkpointing)
+    lengths = dict(prompt=longest_prompt(runs, tokenizers), new=args.max_new_tokens)
+    plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, **lengths)
+
+    free = torch.cuda.mem_get_info()[0] if on_gpu else math.inf
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
-    budget = min(parallel.gather(available)) - (RESERVE if on_gpu else 0)
+    budget = min(parallel.gather(args.memory * GIB if args.memory else free)) - (RESERVE if on_gpu else 0)
     # No process ever holds more rollouts than its share of a batch or of an evaluation.
     share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
-    args.rollout_batch, args.micro_tokens = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens)
-    print(plan.report(args.rollout_batch, args.micro_tokens))
+    fitting = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens)
+    print(plan.report(*fitting))
+    return fitting
+
+
+def longest_prompt(runs: list[argparse.Namespace], tokenizers: list) -> int:
+    """The length in tokens of the longest prompt of any run."""
+    longest = 0
+    # Runs that differ in other flags have the same prompts.
+    for args in {(run.senior_language, run.junior_language, run.seed, run.validation): run for run in runs}.values():
+        train, held_out = tasks.load_problems(args)
+        for tokenizer, prompts in zip(tokenizers, tasks.prompts_of_pair(train + held_out, args, tokenizers[1])):
+            longest = max(longest, models.encode_prompts(tokenizer, prompts, "cpu")[0].shape[1])
+    return longest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,58 +128,64 @@ class Plan:
 
     shapes: list[Shape]  # of the senior and, unless both share one base, of the junior
     four_bit: bool
-    number_size: int  # bytes per number of weights and activations: 2 on a GPU, 4 on a CPU
+    half_precision: bool  # bfloat16 weights and activations, as on a GPU, rather than float32
     rank: int
     checkpointing: bool
     eight_bit_adam: bool
     prompt: int  # length in tokens of the longest prompt
     new: int  # and of the longest completion
 
+    @property
+    def bytes_per_number(self) -> int:
+        return 2 if self.half_precision else 4
+
     def weights(self) -> float:
-        per_linear_parameter = 0.5 + 1 / 64 if self.four_bit else self.number_size
-        return sum(shape.linear * per_linear_parameter + shape.other * self.number_size for shape in self.shapes)
+        per_linear_parameter = 0.5 + 1 / 64 if self.four_bit else self.bytes_per_number
+        return sum(shape.linear * per_linear_parameter + shape.other * self.bytes_per_number for shape in self.shapes)
 
     def adapter(self) -> float:
         weight, gradient, moments = 4, 4, 2 if self.eight_bit_adam else 8
         return self.shapes[0].lora * self.rank * (weight + gradient + moments)
 
     def rollout(self, rollout_batch: int) -> float:
-        senior, junior, size = self.shapes[0], self.shapes[-1], self.number_size
+        senior, junior, size = self.shapes[0], self.shapes[-1], self.bytes_per_number
         caches = rollout_batch * (self.prompt + self.new) * size * (senior.layers * senior.kv + junior.layers * junior.kv)
         # Prefill, inside one layer: the residual and its norm, and three activations of the feed-forward part. A shared
         # base reads the prompts of both models in one pass.
-        inside = size * 3 * (senior.hidden + senior.feed_forward) + (4 * senior.feed_forward if size == 2 else 0)
+        inside = size * 3 * (senior.hidden + senior.feed_forward) + (4 * senior.feed_forward if self.half_precision else 0)
         prefill = rollout_batch * (2 if len(self.shapes) == 1 else 1) * self.prompt * inside
-        # Sampling: the logits of both models, and in float32 the log-softmax of both, and of one its exponential and the
-        # cumulative sum of that.
+        # Sampling: the logits of both models; and in float32 two log-softmaxes, one exponential and one cumulative sum.
         sampling = rollout_batch * senior.vocab_size * (2 * size + 4 * 4)
         return caches + max(prefill, sampling) + self._dequantised()
 
     def update(self, micro_tokens: int) -> float:
-        shape, size = self.shapes[0], self.number_size
+        shape, size = self.shapes[0], self.bytes_per_number
         length = self.prompt + self.new
         tokens = max(micro_tokens, length)  # a pass holds at least one rollout
-        inside = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
-        if size == 2:
+        # Per token and layer: both norms' inputs and outputs, queries, attention output; keys and values; gate, up, silu and
+        # product of the feed-forward part.
+        activations = 4 * (6 * shape.hidden + shape.kv + 4 * shape.feed_forward)
+        if self.half_precision:
             # LoRA and the norms compute in float32: a copy of the input of every linear layer and of two norms.
-            inside = 2 * (2 * shape.hidden + shape.kv + 3 * shape.feed_forward) + 4 * (8 * shape.hidden + shape.feed_forward)
+            activations = 2 * (2 * shape.hidden + shape.kv + 3 * shape.feed_forward) + 4 * (8 * shape.hidden + shape.feed_forward)
+        # The gradients that are alive at one time in the backward pass of a layer.
         gradients = size * 2 * (shape.hidden + shape.feed_forward)
         # The output layer sees completion tokens only: logits and their log-softmax in float32.
         num_logits = min(tokens * self.new / length * shape.vocab_size, LOGITS_AT_ONCE)
-        logits = num_logits * (2 * 4 + (2 if size == 2 else 0))
+        logits = num_logits * (2 * 4 + (2 if self.half_precision else 0))
         if self.checkpointing:
-            return shape.layers * tokens * shape.hidden * size + max(tokens * (inside + gradients) + self._dequantised(), logits)
-        return shape.layers * tokens * inside + max(tokens * gradients + self._dequantised(), logits)
+            return shape.layers * tokens * shape.hidden * size + max(tokens * (activations + gradients) + self._dequantised(), logits)
+        return shape.layers * tokens * activations + max(tokens * gradients + self._dequantised(), logits)
 
     def _dequantised(self) -> float:
         """One 4-bit layer at a time is expanded for its matrix product."""
-        return self.shapes[0].largest * self.number_size if self.four_bit else 0
+        return self.shapes[0].largest * self.bytes_per_number if self.four_bit else 0
 
     def peak(self, rollout_batch: int, micro_tokens: int) -> float:
         return self.weights() + self.adapter() + max(self.rollout(rollout_batch), self.update(micro_tokens))
 
     def fit(self, budget: float, rollout_batch: int, micro_tokens: int) -> tuple[int, int]:
-        """Cut (rollout_batch, micro_tokens) into the fewest even parts that keep to `budget` bytes.
+        """Split rollout_batch and micro_tokens into the fewest equal parts that fit into `budget` bytes.
 
         Raises ValueError if a single rollout at a time does not fit either.
         """

@@ -1,27 +1,29 @@
 """Loading the pair: a trained senior and a frozen junior over one vocabulary.
 
 The senior is a frozen base under a LoRA adapter, optionally with 4-bit weights (QLoRA: Dettmers et al., 2023). West et
-al. (2025) use rank 16, alpha 16 and all linear layers. Where senior and junior name the same checkpoint there is one copy
-of its weights: the junior is that base with the adapter off, and one forward pass can serve both (SharedJunior).
-Otherwise the junior is a second, frozen model.
+al. (2025) use rank 16, alpha 16 and all linear layers. If --senior and --junior are the same checkpoint, its weights are
+loaded once: the junior is that base with the adapter off, and one forward pass can serve both (SharedJunior). Otherwise
+the junior is a second, frozen model.
 
-Models are loaded as transformers loads them, from the hub or from a local folder. Those that the rest of the code would
-get wrong are refused here, with a message that says what to do. This file does not sample (rollout.py) or train
-(run_gsm8k.py, lab/specialist.py).
+Models are loaded as transformers loads them, from the hub or from a local folder. Refused, with a remedy, are pairs with
+different vocabularies or logit widths, and models that rescale their logits after the output layer. This file does not
+sample (rollout.py) or train (run_gsm8k.py, lab/specialist.py).
 """
 
 import warnings
 from functools import partial
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
 from rollout import Pair
 from tandem import build_tables, token_bytes
 
+# What transformers reports while it loads is not about this project, and a progress bar per checkpoint hides our own.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -32,8 +34,8 @@ def load_tokenizers(senior: str, junior: str) -> list:
 
     Ids beyond the logits are ignored: some tokenizers have an additional padding token that the model never writes.
     """
-    tokenizers = [_load(AutoTokenizer, name) for name in (senior, junior)]
-    widths = [load_config(name).vocab_size for name in (senior, junior)]
+    tokenizers = [load(AutoTokenizer, name) for name in (senior, junior)]
+    widths = [load(AutoConfig, name).vocab_size for name in (senior, junior)]
     vocabularies = [{token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths)]
     if vocabularies[0] != vocabularies[1]:
         differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
@@ -44,14 +46,11 @@ def load_tokenizers(senior: str, junior: str) -> list:
     return tokenizers
 
 
-def load_config(name: str):
-    return _load(AutoConfig, name)
-
-
 def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:
     """Load the pair, the senior under a fresh adapter, which changes nothing until it is trained.
 
-    Raises ValueError for a missing checkpoint, or for two that differ in tokenizer or logit width.
+    Raises ValueError for a missing checkpoint, for two that differ in tokenizer or logit width, and for a model that
+    rescales its logits.
     """
     tokenizers = load_tokenizers(senior, junior)
     base = load_model(senior, four_bit, device)
@@ -78,19 +77,21 @@ def load_model(name: str, four_bit: bool, device: str):
     if four_bit:
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = BitsAndBytesConfig(**nf4)
-    model = _load(AutoModelForCausalLM, name, **options)
+    model = load(AutoModelForCausalLM, name, **options)
     model.requires_grad_(False)
-    _check_output_layer(disable_dropout(model), name)
+    disable_dropout(model)
+    _check_output_layer(model, name)
     return model
 
 
-def _load(kind, name: str, **options):
+def load(kind, name: str, **options):
+    """kind.from_pretrained, with a remedy in the error message. `kind`: an Auto class of transformers."""
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        reason = "it is neither a local folder nor a reachable checkpoint of the hub"
-        remedy = "Check the name and the connection, or use --preset tiny, which needs neither"
-        raise ValueError(f"cannot load {name!r}: {reason}. {remedy}.") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
+        remedy = "Name a local folder or a checkpoint of the hub that can be reached, or use --preset tiny, which needs neither"
+        raise ValueError(f"cannot load {name!r} ({reason}). {remedy}.") from error
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def add_adapter(base, rank: int) -> PeftModel:
 
 
 def reset_adapter(senior: PeftModel, seed: int) -> None:
-    """Start the adapter anew: A random and B zero, so that the senior equals its base."""
+    """Reinitialise the adapter: A random and B zero, so that the senior equals its base."""
     torch.manual_seed(seed)
     for module in senior.modules():
         if isinstance(module, LoraLayer):
@@ -122,14 +123,9 @@ def reset_adapter(senior: PeftModel, seed: int) -> None:
 
 
 def adapter_state(senior: PeftModel) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter, not copied."""
+    """The adapter's state dict, which shares its memory."""
     # The default, save_embedding_layers="auto", would ask the hub about the base at every call.
     return get_peft_model_state_dict(senior, save_embedding_layers=False)
-
-
-def load_adapter(senior: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Set the adapter to the tensors of adapter_state."""
-    set_peft_model_state_dict(senior, state)
 
 
 def trainable_parameters(model) -> list[torch.nn.Parameter]:
@@ -154,8 +150,8 @@ def enable_checkpointing(model) -> None:
 
     The built-in version of transformers works in training mode only, in which dropout would be on.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = max((module for module in base.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    # The decoder layers are the longest ModuleList of a causal language model.
+    layers = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward)
 
@@ -167,7 +163,8 @@ def _checkpointed(forward, *args, **kwargs):
 class SharedJunior:
     """The junior of a shared checkpoint: the senior's weights without the adapter, alone or beside the senior.
 
-    Every LoRA layer is patched so that its adapter applies to a leading fraction of the batch only.
+    Every LoRA layer is patched so that its adapter applies to a leading fraction of the batch only. Outside the methods
+    below the fraction is 1, so that training sees an ordinary PeftModel.
     """
 
     def __init__(self, senior: PeftModel):
@@ -181,6 +178,7 @@ class SharedJunior:
         if self.adapted_fraction == 1:
             return peft_forward(x, *args, **kwargs)
         if x.dim() != 3:
+            # Layers of experts flatten batch and sequence, so that "leading rows" would mean nothing.
             raise ValueError(f"a layer got an input of shape {tuple(x.shape)}: models that route tokens to experts are not supported")
         out = layer.base_layer(x, *args, **kwargs)
         adapted = x[: int(self.adapted_fraction * len(x))]
@@ -218,11 +216,8 @@ def encode_prompts(tokenizer, prompts: list[str], device: str) -> tuple[torch.Te
 
 def pad(rows: list[list[int]], tokenizer, side: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask) of token lists of different lengths, padded on one side ("left" or "right") to (B, longest)."""
-    fill = tokenizer.eos_token_id  # any id would do: masks are kept, never guessed from ids
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        gap, zeros, ones = [fill] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
-        ids.append(gap + row if side == "left" else row + gap)
-        mask.append(zeros + ones if side == "left" else ones + zeros)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    padded = partial(pad_sequence, batch_first=True, padding_side=side)
+    # Any id would do as padding: masks are kept, never guessed from ids.
+    ids = padded([torch.tensor(row) for row in rows], padding_value=tokenizer.eos_token_id)
+    mask = padded([torch.ones(len(row), dtype=torch.long) for row in rows])
+    return ids.to(device), mask.to(device)

@@ -1,13 +1,14 @@
-"""Several processes, one run:  torchrun --nproc-per-node N run_gsm8k.py --setting ...
+"""Data parallelism: one run on several processes.  torchrun --nproc-per-node N run_gsm8k.py --setting ...
 
 Every process holds both models. It writes a share of the rollouts and computes a share of the gradient. The shares are
 then combined, so that all processes see the same rollouts and take the same step. The random numbers of a rollout belong
-to its row (rollout.py), so it does not matter which process writes it. Only the first process writes files and prints;
-the others must see the same folders. With one process, every function here does nothing.
+to its row (rollout.py), so it does not matter which process writes it. Only the first process writes files and prints to
+stdout; all of them need a shared file system. With one process these functions return their input unchanged.
 
 Models that are split over several devices are not supported.
 """
 
+import atexit
 import os
 import sys
 
@@ -24,12 +25,13 @@ def start(device: str) -> str:
         torch.cuda.set_device(device)
     if several:
         dist.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(dist.destroy_process_group)
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as this process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  never closed
     return device
 
 
-def rank() -> int:
+def process_index() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -38,7 +40,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    return rank() == 0
+    return process_index() == 0
 
 
 def barrier() -> None:
@@ -49,17 +51,17 @@ def barrier() -> None:
 
 def share(items: list) -> list:
     """This process's consecutive part of a list, in parts as even as possible."""
-    start, end = (len(items) * (rank() + i) // world_size() for i in (0, 1))
-    return items[start:end]
+    first, end = (len(items) * (process_index() + i) // world_size() for i in (0, 1))
+    return items[first:end]
 
 
-def gather(thing) -> list:
-    """What every process has, in the order of their ranks."""
+def gather(value) -> list:
+    """The values of all processes, in the order of their indices."""
     if world_size() == 1:
-        return [thing]
-    things = [None] * world_size()
-    dist.all_gather_object(things, thing)
-    return things
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], loss: float) -> float:
@@ -69,12 +71,8 @@ def sum_gradients(parameters: list[torch.nn.Parameter], loss: float) -> float:
     total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
     for parameter in parameters:
         # A process whose share of the micro-batches is empty has no gradient yet.
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     for tensor in (total, *(parameter.grad for parameter in parameters)):
         dist.all_reduce(tensor)
     return total.item()
-
-
-def end() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

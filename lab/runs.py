@@ -7,31 +7,33 @@
                         state.pt         what --resume needs: adapter, optimizer, the number of the last update
                         stopped.txt      only where training diverged: why
 
-An interrupted run is resumed from state.pt, which is written last. Rows of an update that was interrupted in between are
-written a second time, and a row may be cut off. Files are never rewritten for that; read_rows and read_samples skip what
-was cut off and keep the last version of each row.
+An interrupted run is resumed from state.pt, which is written last. If it is interrupted after a row is appended and before
+state.pt is saved, the resumed run appends that row again, and the last line of a file may be incomplete. Files are never
+rewritten for that: read_rows skips what is incomplete and keeps the last version of each row.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from shutil import which
 
 import torch
+from peft import set_peft_model_state_dict
 from tqdm import tqdm
 
 from lab import models, parallel
-from lab.specialist import save_atomically
 
-# Flags that may differ between a run and its --resume. How many rollouts or tokens are in memory at a time changes results
-# by rounding only.
-MAY_CHANGE = {"setting", "arms", "out", "resume", "seeds", "device", "updates", "memory", "rollout_batch", "micro_tokens", "checkpointing"}
+# Flags that may differ between a run and its --resume: what else to run and how long, where, and what is in memory at a
+# time, which changes results by rounding only.
+MAY_CHANGE = {"setting", "arms", "seeds", "updates", "resume", "out", "device", "memory", "rollout_batch", "micro_tokens", "checkpointing"}
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -43,36 +45,23 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Append JSON lines, on a new line even if the last one was cut off."""
-    if not parallel.is_main():
-        return
-    with open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    if parallel.is_main():
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl in the order of their updates, the last version of each."""
-    return _read_last(path, lambda row: row["update"])
-
-
-def read_samples(path: Path) -> list[dict]:
-    """The rows of a samples.jsonl, the last version of each."""
-    return _read_last(path, lambda row: (row["update"], row["who"], row["question"]))
-
-
-def _read_last(path: Path, key: Callable[[dict], Hashable]) -> list[dict]:
-    rows: dict[Hashable, dict] = {}
+    """The rows of a metrics.jsonl or samples.jsonl in the order of their updates, the last version of each."""
+    rows = {}
     # Not splitlines, which also splits at rarer characters that a model may write.
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # empty, or cut off when the run was interrupted
-        rows[key(row)] = row
+            # An empty line, or one that was cut off when the run was interrupted.
+            continue
+        # Rows of metrics.jsonl have only the first of these keys.
+        rows[row["update"], row.get("who"), row.get("question")] = row
     return sorted(rows.values(), key=lambda row: row["update"])
 
 
@@ -91,36 +80,41 @@ def check_folder(args: argparse.Namespace) -> None:
         before = json.loads(config.read_text())["flags"]
         changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
         if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+            flags = ", ".join(f"{name.replace('_', '-')} = {before[name]}" for name in changed)
             raise ValueError(f"{folder} was begun with {flags}: resume it with the same, or choose another --out")
 
 
 def write_config(args: argparse.Namespace) -> None:
-    """config.json: every flag, and what tells one machine's run from another's."""
-    if not parallel.is_main():
-        return
-    run_folder(args).mkdir(parents=True, exist_ok=True)
-    on_gpu = args.device.startswith("cuda")
-    config = {
-        "flags": vars(args),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "tokenizers")},
-        "commit": CODE,
-    }
-    (run_folder(args) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """config.json: every flag, and what tells one machine's run from another's, as of the last start of the run."""
+    folder = run_folder(args)
+    if parallel.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"flags": vars(args), **describe_machine(args.device)}, indent=2) + "\n")
+        # A last line that was cut off must not swallow the next one. Readers skip empty lines.
+        for path in folder.glob("*.jsonl"):
+            with open(path, "a") as file:
+                file.write("\n")
 
 
-def describe_code() -> str | None:
-    """The commit of this code, with "-dirty" if files differ from it; None without git."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def describe_machine(device: str) -> dict:
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "tokenizers")}
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else on_cpu
+    return {"device": name, "python": platform.python_version(), "versions": versions, "commit": COMMIT}
 
 
-CODE = describe_code()  # when the code is loaded, because files may change while a long run goes on
+# The commit of this code, with "-dirty" if files differ from it; None without git. Read at import, because files may change
+# during a long run.
+_GIT = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+COMMIT = subprocess.run(_GIT, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None if which("git") else None
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """Write a file of tensors that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(content, draft)
+    os.replace(draft, path)
 
 
 def save_checkpoint(folder: Path, update: int, senior, optimizer) -> None:
@@ -137,17 +131,15 @@ def load_checkpoint(folder: Path, senior, optimizer) -> int | None:
         return None
     # To the CPU first: from there every tensor goes to the device of its parameter.
     state = torch.load(folder / "state.pt", map_location="cpu")
-    models.load_adapter(senior, state["adapter"])
+    set_peft_model_state_dict(senior, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     return state["update"]
 
 
 def is_finished(args: argparse.Namespace) -> bool:
     """Whether the last update of a run is on disk, or its training diverged."""
-    state = run_folder(args) / "state.pt"
-    if (run_folder(args) / "stopped.txt").is_file():
-        return True
-    return state.is_file() and torch.load(state, map_location="cpu")["update"] >= args.updates
+    state, stopped = run_folder(args) / "state.pt", run_folder(args) / "stopped.txt"
+    return stopped.is_file() or (state.is_file() and torch.load(state, map_location="cpu")["update"] >= args.updates)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,22 +151,24 @@ class Diverged(Exception):
 
 
 def check_divergence(row: dict, args: argparse.Namespace, vocab_size: int) -> None:
-    """Raises Diverged before a step that is not finite, or if wrong rollouts have been pushed away too far (c < 0).
+    """Raises Diverged before a step that is not finite, or if wrong rollouts have become too unlikely (c < 0).
 
-    Pushing away has no lower bound: log pi of what the junior wrote may fall for ever. It is too far when the tokens of
-    wrong rollouts are, in their geometric mean, less likely than under a uniform distribution: 1 / V.
+    With c < 0 the log-probability of wrong rollouts can fall without bound. We stop when its mean per token is below that
+    of a uniform distribution, -log V.
     """
-    remedy = f"The last checkpoint, after update {row['update'] - 1}, is kept in {run_folder(args)}. "
-    remedy += "Start again in another --out with a smaller --lr, or a --wrong-weight nearer to 0"
+    reason, wrong = None, row["logprob_wrong"]
     if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-        raise Diverged(f"update {row['update']}: loss {row['loss']}, gradient norm {row['grad_norm']}. {remedy}")
-    wrong = row["logprob_wrong"]
-    if args.wrong_weight < 0 and wrong is not None and wrong < -math.log(vocab_size):
-        raise Diverged(f"update {row['update']}: wrong rollouts are pushed away without bound ({wrong:.1f} nats per token). {remedy}")
+        reason = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+    elif args.wrong_weight < 0 and wrong is not None and wrong < -math.log(vocab_size):
+        reason = f"wrong rollouts are pushed away without bound ({wrong:.1f} nats per token)"
+    if reason:
+        kept = f"The last checkpoint, after update {row['update'] - 1}, is kept in {run_folder(args)}"
+        remedy = "Start again in another --out with a smaller --lr, or a --wrong-weight nearer to 0"
+        raise Diverged(f"update {row['update']}: {reason}. {kept}. {remedy}")
 
 
 def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace], None]) -> list[str]:
-    """Train every run that is not finished, and say how long the rest will take. Returns why training diverged, if it did."""
+    """Train every run that is not finished, and say how long the rest will take. Returns the messages of all diverged runs."""
     todo, started = [args for args in runs if not is_finished(args)], time.time()
     for done, args in enumerate(todo, 1):
         try:
@@ -197,12 +191,13 @@ def log_row(row: dict) -> None:
     """One line per update."""
     line = f"{row['update']:6d}  "
     if "reward" in row:
+        # Update 0 has no rollouts, only an evaluation.
         line += f"reward {row['reward']:.2f}  senior's share {row['senior_share']:4.0%}  handoffs {row['handoffs']:4.1f}  "
         learned = row["loss"] is not None
         line += f"loss {row['loss']:+.3f}  gradient {row['grad_norm']:.3f}  " if learned else "no rollout to learn from: skipped  "
         line += f"{row['tokens']} tokens  {row['seconds_rollout']:.1f} + {row['seconds_update']:.1f} s"
-    for who, cell in row.get("eval", {}).items():
-        line += f" | {who} accuracy {cell['accuracy']:.2f} jargon {cell['jargon']:.2f}"
+    for who, evaluation in row.get("eval", {}).items():
+        line += f" | {who} accuracy {evaluation['accuracy']:.2f} jargon {evaluation['jargon']:.2f}"
     tqdm.write(line)
 
 

@@ -10,22 +10,22 @@ RUNS/specialist/. The same fine-tuning loop pretrains the tiny base (lab/tiny.py
 """
 
 import argparse
-import os
 import random
 from pathlib import Path
 
 import torch
+from peft import set_peft_model_state_dict
 from tqdm import tqdm
 
-from lab import models, parallel
+from lab import models, parallel, runs
 from lab import problems as tasks
 from reinforce import completion_logprobs, micro_batches
 from rollout import Pair, Rollouts
 
 # The flags that decide what a specialist is, besides the seed and the senior's language.
-FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "rank", "problems")
-# Among generated solutions, one in so many is learned without annotations, which keeps the skill apart from the notation.
-# GSM8K has such solutions too: 113 of 8,792.
+FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "rank", "problems", "base")
+# Every 25th generated solution is taught without annotations, so that the specialist can still solve problems without
+# writing them. GSM8K has such solutions too: 113 of 8,792.
 PLAIN_EVERY = 25
 
 
@@ -36,33 +36,33 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
         return
     generated = args.problems == "generated"
     language = args.senior_language if generated else "en"  # GSM8K has English solutions only
+    # With --validation, a tenth of GSM8K is kept out of the specialist's training too.
     name = f"{language}-validation" if args.validation and not generated else language
     path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
-    flags = {flag: getattr(args, flag) for flag in FLAGS} | {"base": pair.senior.name_or_path, "plain_every": PLAIN_EVERY}
+    flags = {flag: getattr(args, flag) for flag in FLAGS} | {"plain_every": PLAIN_EVERY}
     kept = torch.load(path, map_location=args.device) if path.is_file() else None
     if kept and kept["flags"] == flags:
-        models.load_adapter(pair.senior, kept["adapter"])
+        set_peft_model_state_dict(pair.senior, kept["adapter"])
         return
 
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
     options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {name} seed {args.seed}")
     fine_tune(pair.senior, pair.senior_tokenizer, annotated_solutions(args, language), **options)
     if parallel.is_main():
-        save_atomically({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path)
+        runs.save_atomically({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path)
 
 
 def annotated_solutions(args: argparse.Namespace, language: str) -> list[tuple[str, str]]:
     """The (prompt, solution) texts that a specialist learns from."""
-    if args.problems == "generated":
-        # Far from the seeds of the training problems, so that the specialist does not learn those by heart.
+    generated = args.problems == "generated"
+    if generated:
+        # Far from the seeds of the training problems, so that the specialist does not learn their solutions by heart.
         train = tasks.generate(args.specialist_steps * args.specialist_batch, "train", args.seed + 10**6)
     else:
         train = tasks.training_problems(args)
         random.Random(args.seed).shuffle(train)
-    solutions = [problem.solutions[language] for problem in train]
-    if args.problems == "generated":
-        solutions[::PLAIN_EVERY] = map(tasks.plain, solutions[::PLAIN_EVERY])
-    return [(tasks.prompt(problem.question, language), solution) for problem, solution in zip(train, solutions)]
+    texts = [(tasks.prompt(problem.question, language), problem.solutions[language]) for problem in train]
+    return [(asked, tasks.plain(text) if generated and i % PLAIN_EVERY == 0 else text) for i, (asked, text) in enumerate(texts)]
 
 
 def fine_tune(
@@ -82,16 +82,16 @@ def fine_tune(
     for step in tqdm(range(steps), desc=label, unit="step", disable=not parallel.is_main()):
         if not batches:
             batches = batches_of_similar_length(examples, batch, rng)
-        demonstrations = as_rollouts(tokenizer, batches.pop(), model.device)
+        worked = as_rollouts(tokenizer, batches.pop(), model.device)
         # The loss of run_gsm8k.py with weight 1 for every token.
-        weights, num_tokens = demonstrations.completion_mask.float(), demonstrations.completion_mask.sum()
-        for part, part_weights in micro_batches(demonstrations, weights, micro_tokens)[parallel.rank() :: parallel.world_size()]:
+        weights, num_tokens = worked.completion_mask.float(), worked.completion_mask.sum()
+        for part, part_weights in micro_batches(worked, weights, micro_tokens)[parallel.process_index() :: parallel.world_size()]:
             loss = -(part_weights * completion_logprobs(model, part, temperature=1.0)).sum() / num_tokens
             loss.backward()
         parallel.sum_gradients(parameters, 0.0)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
+        # Warm-up, plateau, decay.
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -99,7 +99,8 @@ def fine_tune(
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """(prompt, solution) texts as token ids; every solution ends in the end token."""
     prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
-    # Prompt and solution are tokenized as one text, because a SentencePiece tokenizer would put a space before each.
+    # Prompt and solution are tokenized as one text, because a SentencePiece tokenizer would put a space before each. The
+    # tokens of the prompt are a prefix of it, since no tokenizer in use merges across the space between the two.
     whole = tokenizer([f"{prompt} {solution}" for prompt, solution in texts]).input_ids
     return [(prompt, ids[len(prompt) :] + [tokenizer.eos_token_id]) for prompt, ids in zip(prompts, whole)]
 
@@ -109,11 +110,12 @@ def as_rollouts(tokenizer, examples: list[tuple[list[int], list[int]]], device: 
     prompts, solutions = zip(*examples)
     ids, mask = models.pad(solutions, tokenizer, "right", device)
     prompt_ids, prompt_mask = models.pad(prompts, tokenizer, "left", device)
-    return Rollouts(prompt_ids, prompt_mask, ids, mask, mask, torch.zeros(ids.shape, device=device), [""] * len(ids))
+    return Rollouts(prompt_ids, prompt_mask, ids, mask, senior_mask=mask, logprobs=torch.zeros_like(mask), texts=[""] * len(ids))
 
 
 def batches_of_similar_length(examples: list, batch: int, rng: random.Random) -> list[list]:
     """One pass over the examples, in random order, in batches of similar length: a third less padding."""
+    # Sorted by length within windows of 25 batches, so that the order stays random.
     order = rng.sample(examples, len(examples))
     batches = []
     for start in range(0, len(order), 25 * batch):
@@ -121,11 +123,3 @@ def batches_of_similar_length(examples: list, batch: int, rng: random.Random) ->
         batches += [window[i : i + batch] for i in range(0, len(window), batch)]
     rng.shuffle(batches)
     return batches
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """Write a file of tensors that is either complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(content, draft)
-    os.replace(draft, path)

@@ -2,37 +2,37 @@
 
 With it everything runs on a laptop without an account, a download or a GPU, and everybody starts from the same weights. It
 answers an English question in English, German or French, as the cue of the prompt asks. `python -m lab.tiny` makes it
-again: it trains a byte-level BPE tokenizer and pretrains the base on generated problems, in a few minutes.
+again, in place: it trains a byte-level BPE tokenizer and pretrains the base on generated problems, in a few minutes.
 
-What the pretraining text contains decides what a junior can follow. These constants are meant to be played with; after a
+What the pretraining text contains decides what a junior can follow. These constants are there to be changed. After a
 change, `python -m lab.tiny FOLDER` makes another base, to be used with --senior FOLDER --junior FOLDER:
 
     LANGUAGE_SHARES   English is the majority language, as in real models
     ANNOTATED         share of solutions with <<...>>: enough to continue them sometimes, too few to write them unasked
-    MIXED             share of solutions that change their language on the way
-    SKIPS             share of solutions that leave out their last step and so answer wrongly. Text from the wild is
-                      careless; a specialist that is fine-tuned on careful solutions is then better than the base
+    MIXED             share of solutions that go on, from a random line, in a language drawn anew (perhaps the same)
+    SKIPS             share of solutions that leave out their last step and so answer wrongly. Real text contains errors,
+                      and a specialist that is fine-tuned on correct solutions is then better than the base
     DRILLS            share of texts that are bare sums, from which arithmetic is learned fastest
 
 A junior that has hardly ever seen `<<` breaks nearly every solution that contains it, and hardly any rollout is then
-rewarded. Nothing here claims that half a million parameters behave like seven billion.
+rewarded. The tiny base shows the mechanism; it is no evidence about models of billions of parameters.
 """
 
 import hashlib
 import json
-import platform
 import random
 import re
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab.problems import LANGUAGES, generate, plain, prompt
+from lab.runs import describe_machine
 from lab.specialist import fine_tune
 
 FOLDER = Path(__file__).parent / "tiny_base"  # the shipped base
@@ -44,16 +44,22 @@ SKIPS = 0.3
 DRILLS = 0.15
 STEPS, BATCH, LR = 850, 64, 3e-3
 ARCHITECTURE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+# "<<12-5=7>>" gives ("12-5", "7").
 SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
 def identity(folder: Path | str = FOLDER) -> str:
-    """The name of a tiny base, such as "tiny-0123456789ab": the checksum of what it was made from (see checksum)."""
-    return f"tiny-{json.loads((Path(folder) / 'made.json').read_text())['checksum'][:12]}"
+    """The name of a base: for one that was made here "tiny-" and its checksum, for any other checkpoint its own name."""
+    note = Path(folder) / "made.json"
+    return f"tiny-{json.loads(note.read_text())['checksum'][:12]}" if note.is_file() else Path(folder).name
 
 
 def checksum(texts: list[tuple[str, str]]) -> str:
-    """SHA-256 of the pretraining corpus and of the constants of training: what a base is, whatever the source looks like."""
+    """SHA-256 of the pretraining corpus and the constants of training.
+
+    It names a base by what it was made from, so that editing a comment changes nothing. The weights themselves differ
+    between machines by rounding.
+    """
     constants = {"steps": STEPS, "batch": BATCH, "lr": LR, **ARCHITECTURE}
     return hashlib.sha256(json.dumps([constants, texts]).encode()).hexdigest()
 
@@ -70,14 +76,9 @@ def make(folder: Path | str) -> None:
     fine_tune(model, tokenizer, texts, steps=STEPS, batch=BATCH, micro_tokens=2**20, lr=LR, seed=0, label="pretraining the tiny base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    note = {
-        "command": "python -m lab.tiny",
-        "checksum": checksum(texts),
-        "weights": hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest(),
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "minutes": round((time.time() - started) / 60, 1),
-    }
+    weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    note = {"checksum": checksum(texts), "weights": weights, "minutes": round((time.time() - started) / 60, 1)}
+    note |= {"command": "python -m lab.tiny", **describe_machine("cpu")}
     (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
 
 
@@ -97,9 +98,10 @@ def corpus(n: int) -> list[tuple[str, str]]:
         if rng.random() < MIXED:
             start, other = rng.randrange(len(lines)), rng.choice(LANGUAGES)
             lines[start:] = problem.solutions[other].split("\n")[start:]
-        if len(lines) > 2 and rng.random() < SKIPS:
+        if rng.random() < SKIPS:
             # Leave out the last step: the answer is then the result of the step before.
-            lines[-2:] = [f"#### {SUM.findall(problem.solutions['en'])[-2][1]}"]
+            _, previous_result = SUM.findall(problem.solutions["en"])[-2]
+            lines[-2:] = [f"#### {previous_result}"]
         solution = "\n".join(lines)
         texts.append((prompt(problem.question, language), solution if rng.random() < ANNOTATED else plain(solution)))
     return texts
@@ -108,7 +110,7 @@ def corpus(n: int) -> list[tuple[str, str]]:
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every word and every number below 100 is one token, with or without a space before it."""
     numbers = [f" {i} {i}={i}" for i in range(100)] * 3
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     # The vocabulary size is never reached: merging ends when every word is a single token.

@@ -26,7 +26,7 @@ LLAMA_2 = Shape(
 
 def plan_for(junior: Shape | None = None, **options) -> Plan:
     """A plan for Llama-2-7B as senior; without a junior, on a shared base."""
-    defaults = dict(four_bit=True, number_size=2, rank=16, checkpointing=True, eight_bit_adam=True, prompt=200, new=256)
+    defaults = dict(four_bit=True, half_precision=True, rank=16, checkpointing=True, eight_bit_adam=True, prompt=200, new=256)
     return Plan([LLAMA_2, junior] if junior else [LLAMA_2], **defaults | options)
 
 
@@ -75,6 +75,11 @@ def test_what_cannot_fit_is_refused():
         plan_for(LLAMA_2).fit(7 * GIB, 152, 8192)
 
 
+@pytest.fixture(autouse=True)
+def prompts_of_48_tokens(monkeypatch):
+    monkeypatch.setattr("lab.memory.longest_prompt", lambda runs, tokenizers: 48)
+
+
 def flags(**changes) -> argparse.Namespace:
     """The flags that fit_to_memory reads."""
     defaults = dict(device="cpu", memory=None, four_bit=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0)
@@ -84,32 +89,32 @@ def flags(**changes) -> argparse.Namespace:
 
 def test_without_a_budget_only_the_rollout_batch_is_cut_to_what_is_ever_written_at_one_time(base_folder, capsys):
     args = flags()
-    fit_to_memory(args, base_folder, base_folder, longest_prompt=48)
+    args.rollout_batch, args.micro_tokens = fit_to_memory(args, base_folder, base_folder, [], [])
     assert (args.rollout_batch, args.micro_tokens) == (200, 2048)
     assert re.match(r"memory plan: .*, 200 rollouts of 48 \+ 112 tokens .*; peak \d+ MiB\n$", capsys.readouterr().out)
 
 
 def test_batches_are_cut_to_the_budget(base_folder):
     args = flags(memory=8 / 1024)
-    fit_to_memory(args, base_folder, base_folder, longest_prompt=48)
+    args.rollout_batch, args.micro_tokens = fit_to_memory(args, base_folder, base_folder, [], [])
     assert 1 <= args.rollout_batch < 200
     assert 160 <= args.micro_tokens < 2048
     shape = shape_of(LlamaConfig.from_pretrained(base_folder))
-    options = dict(four_bit=False, number_size=4, rank=4, checkpointing=False, eight_bit_adam=False)
+    options = dict(four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
     plan = Plan([shape], **options, prompt=48, new=112)
     assert plan.peak(args.rollout_batch, args.micro_tokens) <= 8 * 2**20
 
 
 def test_a_run_that_cannot_fit_is_refused(base_folder):
     with pytest.raises(ValueError, match="more than the budget of 1 MiB"):
-        fit_to_memory(flags(memory=1 / 1024), base_folder, base_folder, longest_prompt=48)
+        fit_to_memory(flags(memory=1 / 1024), base_folder, base_folder, [], [])
 
 
 def test_the_weights_of_a_second_checkpoint_are_counted(base_folder, tmp_path, capsys):
     config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=320)
     config.save_pretrained(tmp_path)
     for junior in (base_folder, str(tmp_path)):
-        fit_to_memory(flags(), base_folder, junior, longest_prompt=48)
+        fit_to_memory(flags(), base_folder, junior, [], [])
     shared, separate = (int(size) for size in re.findall(r"weights (\d+) MiB", capsys.readouterr().out))
     # 10.5 million parameters in linear layers and 0.3 million in others, of 4 bytes each.
     assert separate - shared == pytest.approx(41.3, abs=1)

@@ -100,5 +100,5 @@ def test_files(tmp_path):
     assert problem.solutions == {"en": "1+1 = <<1+1=2>>2\n#### 1,002"}
     with pytest.raises(FileNotFoundError, match="train.jsonl is not there"):
         load_gsm8k(str(tmp_path), "train")
-    with pytest.raises(FileNotFoundError, match="/no/such/folder is not there"):
+    with pytest.raises(FileNotFoundError, match="/no/such/folder/train.jsonl is not there"):
         load_gsm8k("/no/such/folder", "train")
