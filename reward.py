@@ -12,21 +12,30 @@ Every reference solution of GSM8K ends with "####" and the answer, such as "####
 same. After the mark the answer comes first, perhaps with a unit or a remark behind it. Without the mark, as from a chat
 model, intermediate results come first and the answer last.
 
-The verifier does not understand units, fractions (it reads "1/2" as two numbers), decimal commas ("3,5"), scientific
-notation or numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks what the paper,
-as far as we know it, does not specify.
+Numbers are read by their shape, since a junior may write in another language than the reference: 1,500.50 in English,
+1.500,50 in German and 1 500,50 in French are one number. Groups of exactly three digits after one to three are thousands,
+and a single group of any other length is a fraction. What stays ambiguous: "2.125" is read as 2125, in English too, and
+"1,2" as 1.2, never as a list. Since the reference is read in the same way, equal texts are still equal numbers.
+
+The verifier does not understand units, fractions (it reads "1/2" as two numbers), scientific notation or numbers written out
+as words. It does not check the steps of a solution. `# Open in paper:` marks what the paper, as far as we know it, does not
+specify.
 """
 
 import re
 from collections import deque
 
-# -5, -$5, $-5, 1,000.50, 72, .5. We write [0-9] because \d would also match the digits of other scripts. A policy under RL
-# may write very long runs of digits; the pattern never rescans them, so matching takes linear time.
+# We write [0-9] because \d would also match the digits of other scripts. A policy under RL may write very long runs of
+# digits; no alternative scans them more than once, so matching takes linear time.
 NUMBER = re.compile(
     # A minus (ASCII or typographic) directly after a digit, a bracket or a point is a subtraction or range, not a sign.
-    r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?"
-    # Groups of three digits between commas (in "1,0000" there are none) or plain digits, then a fraction; or only a fraction.
-    r"(?:([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(\.[0-9]+)?|(\.[0-9]+))"
+    r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?("
+    # Groups of three digits between equal separators (comma, point, no-break space), then perhaps the other decimal mark.
+    r"[0-9]{1,3}([.,\u00a0\u202f])[0-9]{3}(?:\4[0-9]{3})*(?![0-9])(?:(?!\4)[.,][0-9]+)?"
+    # A fraction after a point; or after a comma, unless it stands in a list such as "1,2,3".
+    r"|[0-9]+\.[0-9]+|(?<![0-9],)[0-9]+,[0-9]+(?![0-9]|,[0-9])"
+    # Plain digits, or a fraction alone: 72, .5
+    r"|[0-9]+|\.[0-9]+)"
 )
 
 
@@ -36,11 +45,13 @@ def final_number(text: str) -> str | None:
     Equal numbers are equal strings, without rounding or overflow: currency symbols, thousands separators, leading zeros and
     trailing zeros of the fraction are removed.
 
-    >>> [final_number(text) for text in ("#### $1,000.50", "so 48-5 is 43", "#### 18.00", "no number")]
-    ['1000.5', '43', '18', None]
+    >>> [final_number(text) for text in ("#### $1,000.50", "das sind 1.000,50 Euro", "so 48-5 is 43", "#### 18.00", "none")]
+    ['1000.5', '1000.5', '43', '18', None]
     """
     # The first number after the last "####": if a model writes several, the last is its final word.
     _, mark, after = text.rpartition("####")
+    # Directly after the mark, an ordinary space may also separate thousands. Elsewhere it separates two numbers.
+    after = re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", "\u202f", after)
     match = NUMBER.search(after) if mark else None
     if match is None:
         # Open in paper: what to do without a number after "####". The last number of the whole text counts, as is usual for
@@ -50,10 +61,16 @@ def final_number(text: str) -> str | None:
 
 
 def _normal_form(match: re.Match) -> str:
-    sign, sign_after_currency, whole, fraction, bare_fraction = match.groups()
-    whole = (whole or "").replace(",", "").lstrip("0") or "0"
-    fraction = (fraction or bare_fraction or "").rstrip("0").rstrip(".")
-    number = whole + fraction
+    sign, sign_after_currency, body, _ = match.groups()
+    whole, separator, fraction = re.fullmatch(r"(.*?)(?:([^0-9])([0-9]+))?", body).groups()
+    # One separator before exactly three digits, after one to three of which the first is not 0, is one of thousands. So are
+    # several equal ones. Anything else is a decimal mark: 0.125, 3,5 or the second kind of mark in 1.500,50.
+    thousands = separator and (separator in whole or (whole.isdigit() and whole[0] != "0" and len(whole) <= 3 and len(fraction) == 3))
+    if thousands or (separator and separator not in ".,"):
+        whole, fraction = whole + fraction, ""
+    whole = re.sub("[^0-9]", "", whole).lstrip("0") or "0"
+    fraction = (fraction or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
     # -0 equals 0.
     return f"-{number}" if (sign or sign_after_currency) and number != "0" else number
 

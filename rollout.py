@@ -175,7 +175,8 @@ def rollout(
 
     *_prompts: left-padded (ids, mask), (B, P) each; P may differ. noise (2, C, B) and coins (C, B): see random_numbers.
     p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the senior never is. The
-    models must not use dropout (lab/models.py turns it off). Raises ValueError if the numbers of prompts differ.
+    models must not use dropout (lab/models.py turns it off). Raises ValueError if the numbers of prompts differ, and
+    FloatingPointError if a model's logits are not finite: it would otherwise look like a weak model.
     """
     batch, max_new_tokens, device = len(senior_prompts[0]), len(coins), senior_prompts[0].device
     if len(junior_prompts[0]) != batch:
@@ -184,11 +185,17 @@ def rollout(
     handoff = Handoff(pair.tables, schedule, p, coins)
     buffer = RolloutBuffer(batch, max_new_tokens, pair.end_ids, device)
     decoders, roles = make_decoders(pair, senior_prompts, junior_prompts, max_new_tokens, p)
+    # The first step at which a row of the logits was not a distribution, per model (max_new_tokens: none).
+    first_broken = torch.full((len(roles),), max_new_tokens, device=device)
 
     for t in range(max_new_tokens):
         # 1. Every model that takes part samples a candidate. A row keeps its own random numbers when others leave the batch.
         logits_by_role = [logits for decoder in decoders for logits in decoder.logits]  # (B, V) per role
         samples = [sample(logits, noise[role, t, buffer.rows], temperature) for role, logits in zip(roles, logits_by_role)]
+        # A single NaN or infinite logit makes the log-probabilities of its whole row NaN. Looking at them now would make the
+        # CPU wait for the GPU at every step, so they are only noted.
+        broken = torch.stack([logprobs[:, 0].isnan().any() for _, logprobs in samples])
+        first_broken = torch.where(broken & (first_broken > t), t, first_broken)
         # 2. The handoff keeps one of the two. If only one model takes part, its sample is passed as both.
         (senior_ids, senior_logprobs), (junior_ids, _) = samples[0], samples[-1]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
@@ -206,7 +213,10 @@ def rollout(
         if t + 1 < max_new_tokens:
             for decoder in decoders:
                 decoder.step(ids)
-    return buffer.finish(senior_prompts, pair.senior_tokenizer)
+    for role, step in zip(roles, first_broken.tolist()):
+        if step < max_new_tokens:
+            raise FloatingPointError(f"the {('senior', 'junior')[role]}'s logits are not finite at completion token {step + 1}")
+    return buffer.finish(senior_prompts, pair.pieces)
 
 
 def rollout_in_chunks(
@@ -327,11 +337,11 @@ class RolloutBuffer:
     def select_rows(self, index: torch.Tensor) -> None:
         self.rows, self.unfinished = self.rows[index], self.unfinished[index]
 
-    def finish(self, prompts: tuple[torch.Tensor, torch.Tensor], tokenizer) -> Rollouts:
+    def finish(self, prompts: tuple[torch.Tensor, torch.Tensor], pieces: list[bytes]) -> Rollouts:
         # Drop the columns that no rollout has reached.
         length = int(self.mask.sum(1).max())
         columns = [x[:, :length] for x in (self.ids, self.mask, self.senior_mask, self.logprobs)]
-        return Rollouts(*prompts, *columns, decode(columns[0], columns[1], tokenizer))
+        return Rollouts(*prompts, *columns, decode(columns[0], columns[1], pieces))
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -374,8 +384,10 @@ def trim_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torc
     return ids[:, first:], mask[:, first:]
 
 
-def decode(ids: torch.Tensor, mask: torch.Tensor, tokenizer) -> list[str]:
-    return [tokenizer.decode(row[real.bool()], skip_special_tokens=True) for row, real in zip(ids, mask)]
+def decode(ids: torch.Tensor, mask: torch.Tensor, pieces: list[bytes]) -> list[str]:
+    """The text of each row, from the bytes of its tokens. Special tokens write nothing."""
+    written = [b"".join(pieces[token] for token in row[real.bool()].tolist()) for row, real in zip(ids, mask)]
+    return [text.decode(errors="replace") for text in written]
 
 
 def join(parts: list[Rollouts]) -> Rollouts:
@@ -406,5 +418,5 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
             # Keep the tokens that end at or before the first byte of `stop`.
             ends = itertools.accumulate(len(piece) for piece in pieces)
             mask[row, sum(end <= start for end in ends) :] = 0
-    texts = decode(rollouts.completion_ids, mask, pair.senior_tokenizer)
+    texts = decode(rollouts.completion_ids, mask, pair.pieces)
     return replace(rollouts, completion_mask=mask, senior_mask=rollouts.senior_mask * mask, logprobs=rollouts.logprobs * mask, texts=texts)

@@ -35,7 +35,7 @@ same answers for token ids; and the handoff for a batch. Models are run and samp
 """
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
@@ -168,15 +168,17 @@ class BoundaryTables:
         return BoundaryTables(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
+def token_bytes(tokenizer, vocab_size: int, end_ids: Iterable[int] = ()) -> list[bytes]:
     """The bytes that each id writes: a list of length V (`vocab_size`, the width of the logits).
 
-    Special tokens and unused ids write nothing. Two encodings are supported: byte-level BPE (GPT-2, Llama 3, Qwen), in
+    Special tokens, tokens that end a text (end_ids) and unused ids write nothing. Two encodings are supported: byte-level BPE (GPT-2, Llama 3, Qwen), in
     which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is a space and "<0xE4>" a single
     byte. Raises ValueError if a short test sentence does not come out as it went in.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
-    special_ids = set(tokenizer.all_special_ids)
+    # Some end tokens, such as <|eot_id|> of Llama 3, are special without being listed among the tokenizer's special ids.
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids = added | {*tokenizer.all_special_ids, *end_ids}
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     # Byte-level BPE never writes "▁" itself, whose three bytes it spells separately.
     is_sentencepiece = any(token.startswith("▁") for token in tokens if token)

@@ -65,7 +65,7 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     model = disable_dropout(add_adapter(base, rank))
     if checkpointing:
         enable_checkpointing(model)
-    pieces = token_bytes(tokenizers[0], base.config.vocab_size)
+    pieces = token_bytes(tokenizers[0], base.config.vocab_size, end_ids - {None})
     junior_model = SharedJunior(model) if other is base else other
     return Pair(model, junior_model, *tokenizers, sorted(end_ids - {None}), pieces, build_tables(pieces).to(device))
 

@@ -237,7 +237,8 @@ def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tupl
         messages.append({"role": "user", "content": f"{asked}\n{INSTRUCTIONS[language]}"})
         if solution is not None:
             messages.append({"role": "assistant", "content": solution})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # Templates that know no thinking ignore the last option.
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 # Solved examples in three languages, written for this project; every solution is annotated.

@@ -173,7 +173,10 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
     for done, args in enumerate(todo, 1):
         try:
             train(args)
-        except Diverged as reason:
+        except (Diverged, FloatingPointError) as error:
+            metrics = run_folder(args) / "metrics.jsonl"
+            when = f"after update {read_rows(metrics)[-1]['update']}" if metrics.is_file() else "before the first evaluation"
+            reason = f"{run_folder(args)}, {when}: {error}"
             print(reason)
             if parallel.is_main():
                 (run_folder(args) / "stopped.txt").write_text(f"{reason}\n")

@@ -75,7 +75,8 @@ def test_prompts_with_shots():
     assert prompt("Q2?", "de", shots) == f"{INSTRUCTIONS['de']}\n\nQuestion: Q1?\nAntwort: A1\n\nQuestion: Q2?\nAntwort:"
 
     class Chat:
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
+            assert not enable_thinking
             return [(message["role"], message["content"]) for message in messages]
 
     instruction = INSTRUCTIONS["fr"]

@@ -36,6 +36,22 @@ GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
         ("-0", "0"),
         ("she has 4 now ####", "4"),  # nothing after the mark
         ("in 2 days, 9 clips", "9"),
+        ("#### 1.500", "1500"),  # German
+        ("#### 1.500,50", "1500.5"),
+        ("es bleiben 1.234.567 Euro", "1234567"),
+        ("#### 3,5", "3.5"),
+        ("das sind 12,75 €", "12.75"),
+        ("#### 1 500", "1500"),  # French, with an ordinary space after the mark
+        ("#### 12 345 678,5 euros", "12345678.5"),
+        ("il reste 1\u202f500 euros", "1500"),
+        ("il reste 1\u00a0500,25 euros", "1500.25"),
+        ("in 2 500-page books", "500"),  # elsewhere a space separates two numbers
+        ("#### 0.125", "0.125"),
+        ("#### 0,125", "0.125"),
+        ("#### 1234,567", "1234.567"),
+        ("#### 1,0000", "1"),  # no thousands: as in English, 1.0000
+        ("#### -1.500", "-1500"),
+        ("1,23,456", "23456"),
         ("none", None),
         ("", None),
         ("####", None),
@@ -55,6 +71,10 @@ def test_final_number(text, number):
         ("#### 5", "-5", 0.0),
         ("no number", "5", 0.0),
         ("no number", "none", 0.0),
+        ("Antwort: 1.500", "1500", 1.0),
+        ("Antwort: 1.500", "1,500", 1.0),
+        ("#### 3,5", "3.5", 1.0),
+        ("#### 1.5", "1,500", 0.0),
     ],
 )
 def test_reward(completion, gold, right):

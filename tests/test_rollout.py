@@ -230,6 +230,21 @@ def test_join_keeps_each_row(tokenizer, prompts):
             )
 
 
+@pytest.mark.parametrize("broken", ["senior", "junior"])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_logits_that_are_not_finite_stop_the_rollout(tokenizer, prompts, broken, p):
+    """One NaN weight in the output layer: without the check, the last token is written over and over, and nothing is said."""
+    models = {name: llama(len(tokenizer), seed) for seed, name in enumerate(("senior", "junior"))}
+    with torch.no_grad():
+        models[broken].lm_head.weight[7, 0] = float("nan")
+    runs = {"senior": p > 0, "junior": p < 1}
+    if runs[broken]:
+        with pytest.raises(FloatingPointError, match=f"the {broken}'s logits are not finite at completion token 1"):
+            write(models["senior"], models["junior"], prompts, tokenizer, p=p)
+    else:
+        assert len(write(models["senior"], models["junior"], prompts, tokenizer, p=p)) == len(prompts[0])
+
+
 def test_different_numbers_of_prompts_are_refused(tokenizer, prompts):
     with pytest.raises(ValueError, match="6 prompts for the senior, 2 for the junior"):
         write(llama(len(tokenizer), 0), None, (prompts[0], prompts[1][:2]), tokenizer)
