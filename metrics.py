@@ -35,7 +35,7 @@ def has_jargon(text: str) -> bool:
     >>> has_jargon("48/2 = <<48/2=24>>24"), has_jargon("48/2 = 24"), has_jargon("48/2 = <<48/")
     (True, False, True)
     """
-    # For another kind of jargon, change this function.
+    # For another kind of jargon, change this function, and `annotated_solutions` in lab/specialist.py, which teaches it.
     return "<<" in text or ">>" in text
 
 

@@ -169,6 +169,6 @@ def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:
     """The rollouts `rows` (n,), without the columns that are padding in all of them."""
     prompt_ids, prompt_mask = trim_left(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows])
     length = int(rollouts.completion_mask[rows].sum(1).max())
-    completions = ("completion_ids", "completion_mask", "senior_mask", "logprobs")
-    columns = {name: getattr(rollouts, name)[rows, :length] for name in completions}
+    not_columns = ("prompt_ids", "prompt_mask", "texts")
+    columns = {name: value[rows, :length] for name, value in vars(rollouts).items() if name not in not_columns}
     return Rollouts(prompt_ids, prompt_mask, **columns, texts=[rollouts.texts[i] for i in rows.tolist()])

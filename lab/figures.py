@@ -661,6 +661,9 @@ IN_EVERY_EVALUATION = ("n", "accuracy", "jargon", "languages", "tokens")
 def table(runs: Runs) -> str:
     """A Markdown table with a row per arm: percent before → after training, with the 95 % interval of the latter.
 
+    With several seeds, the lowest and the highest single seed follow in brackets: the interval is the sampling error of the
+    evaluation and says nothing about how far seeds disagree.
+
     Any number that was added to the evaluation of the senior has a column of its own, before → after, as a mean over seeds.
     """
     added = added_metrics(runs)
@@ -678,15 +681,17 @@ def added_metrics(runs: Runs) -> list[str]:
 
 def table_row(arm: str, seeds: list[Rows], added: list[str]) -> list[str]:
     """What the table says of an arm, in the order of the headings."""
-    accuracy, jargon = pooled(seeds, "senior", "accuracy"), pooled(seeds, "senior", "jargon")
-    together, junior = pooled(seeds, "tandem", "accuracy"), pooled(seeds, "junior", "accuracy")
+    measured = [("senior", "accuracy"), ("senior", "jargon"), ("tandem", "accuracy")]
+    curves = [pooled(seeds, who, metric) for who, metric in measured]
+    junior = pooled(seeds, "junior", "accuracy")[0]
+    ranges = [range_over_seeds(seeds, who, metric) for who, metric in measured]
     seconds = sum(value for rows in seeds for row in rows for key, value in row.items() if key.startswith("seconds"))
     return [
         arm,
         str(len(seeds)),
-        str(accuracy[-1].update),
-        *(f"{points[0].value:.1f} → {with_interval(points[-1])}" for points in (accuracy, jargon, together)),
-        with_interval(junior[0]),
+        str(curves[0][-1].update),
+        *(f"{points[0].value:.1f} → {with_interval(points[-1])}{spread}" for points, spread in zip(curves, ranges)),
+        with_interval(junior) + range_over_seeds(seeds, "junior", "accuracy"),
         language_change(seeds),
         f"{seconds / 60 / len(seeds):.1f}",
         *(mean_change(pooled(seeds, "senior", metric)) for metric in added),
@@ -699,6 +704,12 @@ def markdown_row(cells: list[str]) -> str:
 
 def with_interval(point: Point) -> str:
     return f"{point.value:.1f} [{point.low:.1f}, {point.high:.1f}]"
+
+
+def range_over_seeds(seeds: list[Rows], who: str, metric: str) -> str:
+    """The lowest and the highest seed at the last evaluation, such as " (7.0–98.5)"; nothing if there is one seed."""
+    values = [pooled([rows], who, metric)[-1].value for rows in seeds]
+    return f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
 
 
 def mean_change(points: list[Point]) -> str:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lab import models, parallel
 from lab import problems as tasks
@@ -45,20 +46,33 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
     load_problems raises.
     """
     on_gpu = args.device.startswith("cuda")
-    shapes = [shape_of(models.load(AutoConfig, name)) for name in dict.fromkeys((senior, junior))]
+    prompt, new = longest_prompt(runs, tokenizers), args.max_new_tokens
+    configs = {name: models.load(AutoConfig, name).get_text_config() for name in (senior, junior)}
+    for name, config in configs.items():
+        # Beyond its context a model fails or, with dynamic position embeddings, silently decodes something else.
+        context = getattr(config, "max_position_embeddings", None) or math.inf
+        if prompt + new > context:
+            reason = f"{prompt} tokens of prompt and --max-new-tokens {new} exceed its context of {context}"
+            raise ValueError(f"{name}: {reason}. Lower --max-new-tokens or --shots, or choose another model")
+    # No process ever holds more rollouts than its share of a batch or of an evaluation, nor updates on more than the batch.
+    share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
+    wanted = min(args.rollout_batch, share), min(args.micro_tokens, args.batch * (prompt + new))
+    try:
+        shapes = [shape_of(config) for config in configs.values()]
+    except (AttributeError, TypeError, ValueError) as error:
+        print(f"memory plan: none for {senior} ({type(error).__name__}: {error}); --rollout-batch and --micro-tokens stay as they are")
+        return wanted
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
     eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
     options = dict(four_bit=args.four_bit, half_precision=on_gpu, rank=args.rank, checkpointing=args.checkpointing)
-    lengths = dict(prompt=longest_prompt(runs, tokenizers), new=args.max_new_tokens)
-    plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, **lengths)
-
+    plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, prompt=prompt, new=new)
     free = torch.cuda.mem_get_info()[0] if on_gpu else math.inf
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
     budget = min(parallel.gather(args.memory * GIB if args.memory else free)) - (RESERVE if on_gpu else 0)
-    # No process ever holds more rollouts than its share of a batch or of an evaluation.
-    share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
-    fitting = plan.fit(budget, min(args.rollout_batch, share), args.micro_tokens)
+    fitting = plan.fit(budget, *wanted)
     print(plan.report(*fitting))
+    if fitting != wanted:
+        print(f"to fit, {fitting[0]} rollouts at a time instead of {wanted[0]} and {fitting[1]} tokens per pass instead of {wanted[1]}")
     return fitting
 
 
@@ -99,7 +113,8 @@ def shape_of(config) -> Shape:
     # Some versions of transformers do not tie weights on the meta device.
     model.tie_weights()
     head = model.get_output_embeddings()
-    linear_weights = [m.weight for m in model.modules() if m is not head and type(m).__name__ in ("Linear", "Conv1D")]
+    kinds = (torch.nn.Linear, Conv1D)
+    linear_weights = [module.weight for module in model.modules() if module is not head and isinstance(module, kinds)]
     linear = sum(weight.numel() for weight in linear_weights)
     total = sum(parameter.numel() for parameter in model.parameters())  # tied weights count once
     heads = config.num_attention_heads

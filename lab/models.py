@@ -5,9 +5,10 @@ al. (2025) use rank 16, alpha 16 and all linear layers. If --senior and --junior
 loaded once: the junior is that base with the adapter off, and one forward pass can serve both (SharedJunior). Otherwise
 the junior is a second, frozen model.
 
-Models are loaded as transformers loads them, from the hub or from a local folder. Refused, with a remedy, are pairs with
-different vocabularies or logit widths, and models that rescale their logits after the output layer. This file does not
-sample (rollout.py) or train (run_gsm8k.py, lab/specialist.py).
+Models are loaded as transformers loads them, from the hub or from a local folder, without running code that comes with a
+checkpoint. Before anything long, a pair is tried out: what rollout.py and reinforce.py will do with it is compared with
+plain forward passes, and architectures for which they differ are refused. This file does not sample (rollout.py) or train
+(run_gsm8k.py, lab/specialist.py).
 """
 
 import warnings
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
-from rollout import Pair
+from rollout import Pair, make_decoders
 from tandem import build_tables, token_bytes
 
 # What transformers reports while it loads is not about this project, and a progress bar per checkpoint hides our own.
@@ -35,7 +36,7 @@ def load_tokenizers(senior: str, junior: str) -> list:
     Ids beyond the logits are ignored: some tokenizers have an additional padding token that the model never writes.
     """
     tokenizers = [load(AutoTokenizer, name) for name in (senior, junior)]
-    widths = [load(AutoConfig, name).vocab_size for name in (senior, junior)]
+    widths = [load(AutoConfig, name).get_text_config().vocab_size for name in (senior, junior)]
     vocabularies = [{token: i for token, i in tokenizer.get_vocab().items() if i < width} for tokenizer, width in zip(tokenizers, widths)]
     if vocabularies[0] != vocabularies[1]:
         differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
@@ -49,8 +50,8 @@ def load_tokenizers(senior: str, junior: str) -> list:
 def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:
     """Load the pair, the senior under a fresh adapter, which changes nothing until it is trained.
 
-    Raises ValueError for a missing checkpoint, for two that differ in tokenizer or logit width, and for a model that
-    rescales its logits.
+    Raises ValueError for a missing or incomplete checkpoint, for two that differ in tokenizer or logit width, for a pair
+    without an end token, and for an architecture that rollout.py or reinforce.py would get wrong.
     """
     tokenizers = load_tokenizers(senior, junior)
     base = load_model(senior, four_bit, device)
@@ -61,13 +62,18 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     for model in (base, other):
         listed = model.generation_config.eos_token_id
         end_ids.update(listed if isinstance(listed, list) else [listed])
+    end_ids -= {None}
+    if None in [tokenizer.eos_token_id for tokenizer in tokenizers]:
+        raise ValueError(f"{senior}, {junior}: a tokenizer without an end token. Set its eos_token")
 
     model = disable_dropout(add_adapter(base, rank))
     if checkpointing:
         enable_checkpointing(model)
-    pieces = token_bytes(tokenizers[0], base.config.vocab_size, end_ids - {None})
+    pieces = token_bytes(tokenizers[0], base.config.get_text_config().vocab_size, end_ids)
     junior_model = SharedJunior(model) if other is base else other
-    return Pair(model, junior_model, *tokenizers, sorted(end_ids - {None}), pieces, build_tables(pieces).to(device))
+    pair = Pair(model, junior_model, *tokenizers, sorted(end_ids), pieces, build_tables(pieces).to(device))
+    check_decoding(pair, f"{senior} ({type(base).__name__})")
+    return pair
 
 
 def load_model(name: str, four_bit: bool, device: str):
@@ -77,17 +83,18 @@ def load_model(name: str, four_bit: bool, device: str):
     if four_bit:
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = BitsAndBytesConfig(**nf4)
-    model = load(AutoModelForCausalLM, name, **options)
+    model, report = load(AutoModelForCausalLM, name, **options, output_loading_info=True)
+    if report["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise ValueError(f"{name}: the checkpoint lacks weights such as {sorted(report['missing_keys'])[0]}. Download or save it again")
     model.requires_grad_(False)
-    disable_dropout(model)
-    _check_output_layer(model, name)
-    return model
+    return disable_dropout(model)
 
 
 def load(kind, name: str, **options):
     """kind.from_pretrained, with a remedy in the error message. `kind`: an Auto class of transformers."""
     try:
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
         remedy = "Name a local folder or a checkpoint of the hub that can be reached, or use --preset tiny, which needs neither"
@@ -95,13 +102,48 @@ def load(kind, name: str, **options):
 
 
 @torch.no_grad()
-def _check_output_layer(model, name: str) -> None:
-    """reinforce.py applies the output layer itself, so models that change the logits after it are refused."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    ours = model.get_output_embeddings()(model.base_model(input_ids=ids)[0])
-    theirs = model(input_ids=ids).logits
-    if not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
-        raise ValueError(f"{name} ({type(model).__name__}) scales or caps its logits after the output layer: not supported")
+def check_decoding(pair: Pair, name: str) -> None:
+    """Raises ValueError unless what rollout.py and reinforce.py do with the pair agrees with plain forward passes.
+
+    That is one left-padded, cached step of both roles, and the output layer on top of the hidden states. A fresh adapter does
+    nothing, so for the comparison it gets random weights. Agreement is measured by the total variation distance of the
+    distributions of the next token.
+    """
+    rows, written = [[1, 2, 3, 4, 5], [3, 2, 1]], [6, 5]
+    device, half = pair.senior.device, pair.senior.dtype != torch.float32
+    matrices = [module.lora_B["default"].weight for module in pair.senior.modules() if isinstance(module, LoraLayer)]
+    generator = torch.Generator().manual_seed(0)
+    for matrix in matrices:
+        matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+    try:
+        prompts = pad(rows, pair.senior_tokenizer, "left", device)
+        decoders, _ = make_decoders(pair, prompts, prompts, max_new_tokens=1, p=0.5)
+        for decoder in decoders:
+            decoder.step(torch.tensor(written, device=device))
+        cached = torch.cat([logits for decoder in decoders for logits in decoder.logits])  # (2 * rows, V), the senior's first
+        texts = [torch.tensor([[*row, token]], device=device) for row, token in zip(rows, written)]
+        plain = [pair.senior(input_ids=ids).logits[0, -1] for ids in texts]
+        if isinstance(pair.junior, SharedJunior):
+            with pair.senior.disable_adapter():
+                plain += [pair.senior(input_ids=ids).logits[0, -1] for ids in texts]
+        else:
+            plain += [pair.junior(input_ids=ids).logits[0, -1] for ids in texts]
+        base = pair.senior.get_base_model()
+        scored = [base.get_output_embeddings()(base.base_model(input_ids=ids)[0])[0, -1] for ids in texts]
+    except Exception as error:
+        # Whatever goes wrong here would go wrong in the first rollout.
+        raise ValueError(f"{name} cannot be decoded step by step here ({type(error).__name__}: {error}). Choose another model") from error
+    finally:
+        for matrix in matrices:
+            matrix.zero_()
+    seen = {
+        "scales or caps its logits after the output layer, which is not supported": (torch.stack(scored), torch.stack(plain[:2])),
+        "decodes with a cache and padding something else than in a plain forward pass": (cached, torch.stack(plain)),
+    }
+    for what, (ours, theirs) in seen.items():
+        distance = (ours.float().softmax(-1) - theirs.float().softmax(-1)).abs().sum(-1).max().item() / 2
+        if not distance < (0.1 if half else 1e-3):
+            raise ValueError(f"{name} {what} (total variation distance {distance:.2g}). Choose another model")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,8 +220,8 @@ class SharedJunior:
         if self.adapted_fraction == 1:
             return peft_forward(x, *args, **kwargs)
         if x.dim() != 3:
-            # Layers of experts flatten batch and sequence, so that "leading rows" would mean nothing.
-            raise ValueError(f"a layer got an input of shape {tuple(x.shape)}: models that route tokens to experts are not supported")
+            # Layers of experts, and those of OPT, flatten batch and sequence, so that "leading rows" would mean nothing.
+            raise ValueError(f"a layer got an input of shape {tuple(x.shape)}: models that flatten it or use experts are not supported")
         out = layer.base_layer(x, *args, **kwargs)
         adapted = x[: int(self.adapted_fraction * len(x))]
         if len(adapted):

@@ -10,6 +10,7 @@ RUNS/specialist/. The same fine-tuning loop pretrains the tiny base (lab/tiny.py
 """
 
 import argparse
+import hashlib
 import random
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
     # With --validation, a tenth of GSM8K is kept out of the specialist's training too.
     name = f"{language}-validation" if args.validation and not generated else language
     path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
-    flags = {flag: getattr(args, flag) for flag in FLAGS} | {"plain_every": PLAIN_EVERY}
+    texts = annotated_solutions(args, language)
+    # A specialist that was taught other texts, because a flag or this file has changed, is made anew.
+    flags = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": hashlib.sha256(repr(texts).encode()).hexdigest()}
     kept = torch.load(path, map_location=args.device) if path.is_file() else None
     if kept and kept["flags"] == flags:
         set_peft_model_state_dict(pair.senior, kept["adapter"])
@@ -47,7 +50,7 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
 
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
     options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {name} seed {args.seed}")
-    fine_tune(pair.senior, pair.senior_tokenizer, annotated_solutions(args, language), **options)
+    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
     if parallel.is_main():
         runs.save_atomically({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path)
 

@@ -20,6 +20,10 @@ TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n", "In 48/2 = <<4
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return byte_level_tokenizer()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with leading spaces, about 330 tokens, all 256 bytes among them."""
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -116,14 +116,14 @@ def test_updates_until(tmp_path):
 
 
 def test_table(tmp_path):
-    """Two seeds: the senior's accuracy 4 of 8, then 6 of 8; 4 evaluations of half a minute make 1.0 minutes per seed."""
+    """Two seeds: the senior's accuracy 4 of 8, then 6 of 8 (seeds 2 and 4 of 4); 4 evaluations of half a minute make 1.0 minutes per seed."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1, 0), (1.0, 0, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1, 0), (0.5, 0, 1))
     head, _, row = figures.table(figures.read_runs(tmp_path, ["tandem"])).splitlines()
     assert head.endswith("| language | minutes per seed |")
     assert row == (
-        "| tandem | 2 | 4 | 50.0 → 75.0 [40.9, 92.9] | 100.0 → 0.0 [0.0, 32.4] | 0.0 → 100.0 [67.6, 100.0] | 25.0 [7.1, 59.1] "
-        "| de → de, 75.0 [40.9, 92.9] | 1.0 |"
+        "| tandem | 2 | 4 | 50.0 → 75.0 [40.9, 92.9] (50.0–100.0) | 100.0 → 0.0 [0.0, 32.4] (0.0–0.0) "
+        "| 0.0 → 100.0 [67.6, 100.0] (100.0–100.0) | 25.0 [7.1, 59.1] (25.0–25.0) | de → de, 75.0 [40.9, 92.9] | 1.0 |"
     )
 
 

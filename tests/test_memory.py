@@ -118,3 +118,24 @@ def test_the_weights_of_a_second_checkpoint_are_counted(base_folder, tmp_path, c
     shared, separate = (int(size) for size in re.findall(r"weights (\d+) MiB", capsys.readouterr().out))
     # 10.5 million parameters in linear layers and 0.3 million in others, of 4 bytes each.
     assert separate - shared == pytest.approx(41.3, abs=1)
+
+
+def test_a_text_beyond_the_context_is_refused(base_folder):
+    """The base has a context of 256: 48 tokens of prompt and 209 new ones are one too many."""
+    fit_to_memory(flags(max_new_tokens=208), base_folder, base_folder, [], [])
+    with pytest.raises(ValueError, match="48 tokens of prompt and --max-new-tokens 209 exceed its context of 256"):
+        fit_to_memory(flags(max_new_tokens=209), base_folder, base_folder, [], [])
+
+
+def test_what_was_cut_is_said(base_folder, capsys):
+    fit_to_memory(flags(memory=8 / 1024), base_folder, base_folder, [], [])
+    assert re.search(r"to fit, \d+ rollouts at a time instead of 200 and \d+ tokens per pass instead of 2048", capsys.readouterr().out)
+
+
+def test_an_architecture_without_a_plan_is_not_blocked(base_folder, monkeypatch, capsys):
+    def no_shape(config):
+        raise AttributeError("head_dim is a per-layer attribute")
+
+    monkeypatch.setattr("lab.memory.shape_of", no_shape)
+    assert fit_to_memory(flags(), base_folder, base_folder, [], []) == (200, 2048)
+    assert "memory plan: none for" in capsys.readouterr().out

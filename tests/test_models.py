@@ -1,11 +1,15 @@
 """The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
 
+import json
+import shutil
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
@@ -13,6 +17,7 @@ from lab.models import SharedJunior, encode_prompts, load_pair, load_tokenizers,
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import plain_loss
 from rollout import random_numbers, rollout
+from tandem import token_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -62,7 +67,7 @@ def test_experts_are_refused(base_folder):
     pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
     layer = next(module for module in pair.senior.modules() if isinstance(module, LoraLayer))
     pair.junior.adapted_fraction = 0.5
-    with pytest.raises(ValueError, match=r"shape \(6, 64\).*experts are not supported"):
+    with pytest.raises(ValueError, match=r"shape \(6, 64\).*use experts are not supported"):
         layer(torch.zeros(6, 64))
 
 
@@ -201,3 +206,55 @@ def test_fine_tuning_learns_what_it_is_shown(base_folder):
         ids = torch.cat([ids, pair.senior(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert tokenizer.decode(ids[0]).startswith("Natalia sold 48 clips</s>")
     assert torch.equal(pair.junior(input_ids=IDS).logits, before)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(base_folder, tmp_path):
+    """Two layers of weights under a config of three: transformers alone goes on with a random third layer."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ValueError, match=r"lacks weights such as model.layers.2.*again"):
+        load_pair(str(tmp_path / "base"), str(tmp_path / "base"), rank=4, four_bit=False, device="cpu")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}))
+    with pytest.raises(ValueError, match="without an end token. Set its eos_token"):
+        load_pair(str(tmp_path / "base"), str(tmp_path / "base"), rank=4, four_bit=False, device="cpu")
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(base_folder, tmp_path, monkeypatch):
+    """Without trust_remote_code=False transformers asks, and runs the file if the answer is yes."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "hostile", "auto_map": {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot load"):
+        load_pair(str(tmp_path / "base"), str(tmp_path / "base"), rank=4, four_bit=False, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_decoding_that_differs_from_a_plain_pass_is_refused(base_folder, monkeypatch):
+    """An architecture that ignores the positions it is given decodes left-padded rows wrongly: here positions are zeroed."""
+    real = LlamaForCausalLM.forward
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        return real(self, *args, position_ids=None if position_ids is None else 0 * position_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) decodes with a cache and padding something else"):
+        load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
+
+
+def test_an_end_token_that_is_no_named_special_token_writes_nothing(tokenizer):
+    """<|eot_id|> of Llama 3 is special, but not among all_special_ids in every version; a generation config may name others."""
+    copy = AutoTokenizer.from_pretrained(tokenizer.name_or_path) if tokenizer.name_or_path else deepcopy(tokenizer)
+    copy.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    pieces = token_bytes(copy, len(copy), end_ids=[5])
+    assert pieces[copy.convert_tokens_to_ids("<|eot_id|>")] == b""
+    assert pieces[5] == b""
+    assert token_bytes(copy, len(copy))[5] != b""
