@@ -133,6 +133,17 @@ def test_sampled_equals_rescored_log_probability(make_model, tokenizer, prompts,
     assert (completion_logprobs(senior, rollouts, 1.0) - rollouts.logprobs).abs().max() > 0.01  # the temperature counts
 
 
+def test_log_probabilities_of_the_senior_alone(tokenizer, prompts):
+    """At p = 1 they are kept too, and the senior draws with its own random numbers: those of its first joint candidate."""
+    senior, junior = llama(len(tokenizer), 0, torch.float64), llama(len(tokenizer), 1, torch.float64)
+    alone = write(senior, None, prompts, tokenizer, p=1.0)
+    assert torch.allclose(completion_logprobs(senior, alone, 1.3), alone.logprobs, atol=1e-10)
+    together = write(senior, junior, prompts, tokenizer, p=0.9)
+    by_senior = together.senior_mask[:, 0].bool()
+    assert by_senior.sum() > 2
+    assert torch.equal(alone.completion_ids[by_senior, 0], together.completion_ids[by_senior, 0])
+
+
 def test_same_seed_same_ids_and_inputs_unmodified(tokenizer, prompts):
     senior, junior = llama(len(tokenizer), 0), gpt2(len(tokenizer), 1)  # two architectures, one vocabulary
     one, two = (write(senior, junior, prompts, tokenizer) for _ in range(2))
@@ -222,6 +233,8 @@ def test_join_keeps_each_row(tokenizer, prompts):
     parts = [write(senior, junior, half, tokenizer, max_new_tokens=n) for half, n in zip(halves, (5, 9))]
     whole = join(parts)
     assert len(whole) == len(whole.texts) == len(prompts[0])
+    assert whole.prompt_mask[:, -1].all()  # prompts end at the last column, completions begin at the first
+    assert whole.completion_mask[:, 0].all()
     rows = [(part, i) for part in parts for i in range(len(part))]
     for row, (part, i) in enumerate(rows):
         for ids, mask in (("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask"), ("senior_mask", "completion_mask")):
