@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rollout import Pair, random_numbers, rollout
 from tandem import build_tables, token_bytes
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))  # models this small do not profit from more
+torch.set_num_threads(1)  # models this small gain nothing from more, and one thread never waits for a busy core
 TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n", "In 48/2 = <<48/2=24>>24 days! She sold half as many.\n"] * 4
 
 
