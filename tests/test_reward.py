@@ -37,6 +37,7 @@ GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
         ("she has 4 now ####", "4"),  # nothing after the mark
         ("in 2 days, 9 clips", "9"),
         ("#### 1.500", "1500"),  # German
+        ("#### 150.000", "150000"),
         ("#### 1.500,50", "1500.5"),
         ("es bleiben 1.234.567 Euro", "1234567"),
         ("#### 3,5", "3.5"),
