@@ -185,17 +185,12 @@ def rollout(
     handoff = Handoff(pair.tables, schedule, p, coins)
     buffer = RolloutBuffer(batch, max_new_tokens, pair.end_ids, device)
     decoders, roles = make_decoders(pair, senior_prompts, junior_prompts, max_new_tokens, p)
-    # The first step at which a row of the logits was not a distribution, per model (max_new_tokens: none).
-    first_broken = torch.full((len(roles),), max_new_tokens, device=device)
 
     for t in range(max_new_tokens):
         # 1. Every model that takes part samples a candidate. A row keeps its own random numbers when others leave the batch.
         logits_by_role = [logits for decoder in decoders for logits in decoder.logits]  # (B, V) per role
         samples = [sample(logits, noise[role, t, buffer.rows], temperature) for role, logits in zip(roles, logits_by_role)]
-        # A single NaN or infinite logit makes the log-probabilities of its whole row NaN. Looking at them now would make the
-        # CPU wait for the GPU at every step, so they are only noted.
-        broken = torch.stack([logprobs[:, 0].isnan().any() for _, logprobs in samples])
-        first_broken = torch.where(broken & (first_broken > t), t, first_broken)
+        buffer.note_broken(t, roles, samples)
         # 2. The handoff keeps one of the two. If only one model takes part, its sample is passed as both.
         (senior_ids, senior_logprobs), (junior_ids, _) = samples[0], samples[-1]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
@@ -213,9 +208,6 @@ def rollout(
         if t + 1 < max_new_tokens:
             for decoder in decoders:
                 decoder.step(ids)
-    for role, step in zip(roles, first_broken.tolist()):
-        if step < max_new_tokens:
-            raise FloatingPointError(f"the {('senior', 'junior')[role]}'s logits are not finite at completion token {step + 1}")
     return buffer.finish(senior_prompts, pair.pieces)
 
 
@@ -312,9 +304,18 @@ class RolloutBuffer:
         self.mask, self.senior_mask = torch.zeros_like(self.ids), torch.zeros_like(self.ids)  # (B, C)
         # float64 holds what any model computes, also the double-precision models of the tests.
         self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)  # (B, C)
+        # Per role, the first step at which its logits were not finite.
+        self.first_broken = torch.full((2,), max_new_tokens, device=device)
         # The b rollouts that are still in the batch, and which of them have no end token yet.
         self.rows = torch.arange(batch, device=device)  # (b,)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # (b,)
+
+    def note_broken(self, t: int, roles: list[int], samples: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Note the first step at which a model's logits were not finite; `finish` raises. Looking now would cost a wait per step."""
+        for role, (_, logprobs) in zip(roles, samples):
+            # A single NaN or infinite logit makes the log-probabilities of its whole row NaN.
+            broken = logprobs[:, 0].isnan().any() & (self.first_broken[role] > t)
+            self.first_broken[role] = torch.where(broken, t, self.first_broken[role])
 
     def append(self, t: int, ids: torch.Tensor, by_senior: torch.Tensor, senior_logprobs: torch.Tensor | None) -> None:
         """Fill column t of the b rows in the batch: ids (b,), authors (b,), the senior's log-probabilities (b, V)."""
@@ -338,6 +339,9 @@ class RolloutBuffer:
         self.rows, self.unfinished = self.rows[index], self.unfinished[index]
 
     def finish(self, prompts: tuple[torch.Tensor, torch.Tensor], pieces: list[bytes]) -> Rollouts:
+        for name, step in zip(("senior", "junior"), self.first_broken.tolist()):
+            if step < self.ids.shape[1]:
+                raise FloatingPointError(f"the {name}'s logits are not finite at completion token {step + 1}")
         # Drop the columns that no rollout has reached.
         length = int(self.mask.sum(1).max())
         columns = [x[:, :length] for x in (self.ids, self.mask, self.senior_mask, self.logprobs)]
