@@ -216,9 +216,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     chosen = args.arms or arms
     if len(set(chosen)) < len(chosen):
         parser.error(f"--arms {' '.join(chosen)}: name every arm once")
-    most = max((args.updates or 40) * args.batch, args.specialist_steps * args.specialist_batch)
-    if most > 10**7:
-        parser.error(f"{most} rollouts or solutions per run are too many: lower --updates, --batch or --specialist-steps")
+    # Problems and prompts of a whole run are made before it begins.
+    most = max((args.updates or 40) * args.batch, args.eval_problems, args.specialist_steps * args.specialist_batch)
+    if most >= 10**6:
+        parser.error(f"{most} problems per run are too many: lower --updates, --batch, --eval-problems or --specialist-steps")
     # A second reading, without defaults, shows which flags were given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     overridden = [f"--{flag.replace('_', '-')}" for flag in given if given[flag] is not None and all(flag in ARMS[arm] for arm in chosen)]
