@@ -37,9 +37,9 @@ fine-tuning. (The paper's senior is a specialist already.) What a run leaves on 
 # ruff: noqa: I001  `lab` comes first: it sets OMP_WAIT_POLICY, which torch reads when it is imported
 import lab  # noqa: F401
 import argparse
-import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from lab import figures, memory, models, parallel, runs, tiny
 from lab import problems as tasks
+from lab.flags import available_devices, given_flags, name, number
 from lab.specialist import make_specialist
 from metrics import batch_statistics, count_handoffs, summarise
 from reinforce import completion_logprobs, micro_batches, token_weights
@@ -58,7 +59,7 @@ from tandem import SCHEDULES
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: the experiments. To add one, name its arms in ARMS and list them in SETTINGS.
 
-# Senior and junior.
+# The senior's language, then the junior's.
 # Open in paper: which languages, and which four pairs.
 LANGUAGE_PAIRS = ("en-de", "de-en", "de-fr", "fr-de")
 SWEEP_C, SWEEP_J = (0.0, -0.1, -0.3, -0.5), (0.0, 0.2, 0.35, 0.5, 1.0)
@@ -114,44 +115,32 @@ PRESETS = {
 }
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite number of at least `low` (above: greater than it) and at most `high`."""
-
-    def parse(text: str):
-        value = kind(text)
-        # Every comparison with nan is false, so nan is refused too.
-        if not (low < value if above else low <= value) or not (value <= high and value < math.inf):
-            bounds = f"{'greater than' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text}: must be a finite number {bounds}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in its message for text that is not a number
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     count, positive, switch = number(int, 1), number(float, 0, above=True), argparse.BooleanOptionalAction
+    rate = number(float, 0, 1, above=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="Tandem training on GSM8K.")
+    # Without abbreviations: --p would be one of --preset.
+    parser = argparse.ArgumentParser(description="Tandem training on GSM8K.", allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     group = parser.add_argument_group("experiment")
     group.add_argument("--setting", required=True, choices=(*SETTINGS, "all"), help="experiment to run")
     group.add_argument("--preset", choices=PRESETS, default="tiny" if device == "cpu" else "paper", help="set of defaults")
     group.add_argument("--arms", nargs="+", help="run only these arms of the setting")
-    group.add_argument("--seeds", type=count, default=1, help="number of seeds per arm")
+    group.add_argument("--seeds", type=number(int, 1, 500), default=1, help="number of seeds per arm")
     group.add_argument("--seed", type=number(int, 0, 499), default=0, help="first seed")
-    group.add_argument("--out", default="runs", help="folder to write to")
+    group.add_argument("--out", type=name, default="runs", help="folder to write to")
     group.add_argument("--resume", action="store_true", help="continue the runs in --out, and skip finished ones")
-    group.add_argument("--device", default=device, help="device to run the models on")
+    group.add_argument("--device", choices=available_devices(), default=device, help="device to run the models on")
     group = parser.add_argument_group("models")
-    group.add_argument("--senior", default="tiny", help="hub id or local folder; tiny is the shipped base")
-    group.add_argument("--junior", default="tiny", help="the same; if it equals --senior, the weights are loaded once")
+    group.add_argument("--senior", type=name, default="tiny", help="hub id or local folder; tiny is the shipped base")
+    group.add_argument("--junior", type=name, default="tiny", help="the same; if it equals --senior, the weights are loaded once")
     group.add_argument("--four-bit", action=switch, default=False, help="load the base weights in 4 bits (QLoRA)")
-    group.add_argument("--rank", type=count, default=16, help="rank and alpha of the LoRA adapter")
+    group.add_argument("--rank", type=number(int, 1, 4096), default=16, help="rank and alpha of the LoRA adapter")
     group.add_argument("--specialist-steps", type=number(int, 0), default=300, help="steps of fine-tuning; 0 if --senior is a specialist")
     group.add_argument("--specialist-batch", type=count, default=32, help="solutions per step of fine-tuning")
-    group.add_argument("--specialist-lr", type=positive, default=4e-3, help="learning rate of fine-tuning")
+    group.add_argument("--specialist-lr", type=rate, default=4e-3, help="learning rate of fine-tuning")
     group = parser.add_argument_group("problems")
-    group.add_argument("--problems", default="generated", help="generated, a folder with train.jsonl and test.jsonl, or a hub id")
+    group.add_argument("--problems", type=name, default="generated", help="generated, folder with train.jsonl and test.jsonl, or hub id")
     group.add_argument("--eval-problems", type=count, default=200, help="held-out problems per evaluation")
     group.add_argument("--eval-every", type=count, default=4, help="updates between evaluations")
     group.add_argument("--evaluate", nargs="+", choices=WRITERS, default=list(WRITERS), help="whom to evaluate (the junior once)")
@@ -162,7 +151,6 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("rollouts")
     group.add_argument("--handoff", choices=SCHEDULES, default="word", help="schedule: before which tokens a coin is tossed")
     group.add_argument("--p", type=number(float, 0, 1), default=0.5, help="probability that a coin names the senior")
-    group.add_argument("--solo", action="store_true", help="standard RL: the senior writes its training rollouts alone")
     group.add_argument("--temperature", type=positive, default=0.7, help="temperature of sampling and of scoring")
     group.add_argument("--max-new-tokens", type=count, default=112, help="maximum length of a completion")
     group.add_argument("--batch", type=count, default=152, help="rollouts per update")
@@ -170,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--rollout-batch", type=count, default=200, help="rollouts in memory at a time")
     group = parser.add_argument_group("update")
     group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only; default 28, or 40 with two languages")
-    group.add_argument("--lr", type=positive, default=1e-3, help="learning rate of AdamW")
+    group.add_argument("--lr", type=rate, default=1e-3, help="learning rate of AdamW")
     group.add_argument("--wrong-weight", type=number(float, -1, 0), default=0.0, help="c, the weight of wrong rollouts")
     group.add_argument("--junior-weight", type=number(float, 0, 1), default=1.0, help="j, the weight of the junior's tokens")
     group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: permuted among the rollouts of a batch")
@@ -184,20 +172,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with the defaults of the preset. Exits with a message if a value is invalid."""
-    parser, only_preset = make_parser(), argparse.ArgumentParser(add_help=False)
+    parser, only_preset = make_parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # The preset is read first, so that --help shows its defaults. (An unknown one is reported by the real parser.)
     only_preset.add_argument("--preset", default=parser.get_default("preset"))
     parser.set_defaults(**PRESETS.get(only_preset.parse_known_args(argv)[0].preset, {}))
+    # Standard RL is the matter of an arm. As a flag, --solo would turn a tandem arm into another one.
+    parser.set_defaults(solo=False)
     args = parser.parse_args(argv)
     # Checks beyond the range of a single flag, which its type has checked.
     if args.p in (0, 1):
-        parser.error(f"--p {args.p:g}: one of the two models would never write. p = 1 is --solo, standard RL")
+        parser.error(f"--p {args.p:g}: one of the two models would never write. p = 1 is standard RL: choose an arm such as solo")
     if args.batch % args.rollouts_per_prompt:
         parser.error(f"--batch {args.batch} is not divisible by --rollouts-per-prompt {args.rollouts_per_prompt}")
     arms = arms_of(args.setting)
     unknown = sorted(set(args.arms or ()) - set(arms))
     if unknown:
         parser.error(f"--arms {' '.join(unknown)}: not in --setting {args.setting}, whose arms are {', '.join(arms)}")
+    chosen = args.arms or arms
+    if len(set(chosen)) < len(chosen):
+        parser.error(f"--arms {' '.join(chosen)}: name every arm once")
+    # Problems and prompts of a whole run are made before it begins.
+    most = max((args.updates or 40) * args.batch, args.eval_problems, args.specialist_steps * args.specialist_batch)
+    if most >= 10**6:
+        parser.error(f"{most} problems per run are too many: lower --updates, --batch, --eval-problems or --specialist-steps")
+    given = given_flags(parser, argv, args)
+    useless = [flag for flag in given if all(flag in ARMS[arm] for arm in chosen)]
+    if "shots" in given and all(run.senior_language == run.junior_language for run in runs_of(args)):
+        useless.append("shots")
+    if useless:
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in useless)
+        parser.error(f"{flags}: no effect on {', '.join(chosen)}. Leave it out, or choose other --arms")
     return args
 
 
@@ -235,9 +239,9 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
     optimizer = (PagedAdamW8bit if args.eight_bit_adam else torch.optim.AdamW)(parameters, lr=args.lr, weight_decay=0.0)
     # All runs share one model, and a run that was stopped midway may have left a gradient in it.
     optimizer.zero_grad()
-    last_update = runs.load_checkpoint(runs.run_folder(args), senior, optimizer) if args.resume else None
     runs.write_config(args)
-    if last_update is None:
+    last_update = runs.load_checkpoint(runs.run_folder(args), senior, optimizer)
+    if last_update < 0:
         # Update 0 is the evaluation before training.
         last_update = 0
         finish_update({"update": 0}, args, pair, optimizer, held_out)
@@ -299,11 +303,19 @@ def generate(problems: list[tasks.Problem], args: argparse.Namespace, pair: Pair
     return join(parallel.gather(mine.to("cpu"))).to(args.device)
 
 
+# A batch of few coins may be one-sided by chance, but not as many as this in a row.
+MOST_ONE_SIDED = 5
+
+
 def check_both_wrote(row: dict, args: argparse.Namespace) -> None:
-    """Stop a tandem run in which one model wrote a whole batch alone: it would silently be another method."""
+    """Stop a tandem run in which one model writes whole batches alone: it would silently be another method."""
     if not args.solo and row["senior_share"] in (0, 1):
-        share = f"the senior wrote {row['senior_share']:.0%} of the {row['tokens']} tokens of a tandem batch"
-        sys.exit(f"update {row['update']}: {share}. This is not tandem training: check --p, --handoff and --batch")
+        # The rows of the updates before are on disk, also after --resume.
+        before = [old for old in runs.read_rows(runs.run_folder(args) / "metrics.jsonl") if old["update"] < row["update"]]
+        shares = [old.get("senior_share") for old in [*before, row][-MOST_ONE_SIDED:]]
+        if shares == [row["senior_share"]] * MOST_ONE_SIDED:
+            share = f"the senior wrote {row['senior_share']:.0%} of the tokens of {MOST_ONE_SIDED} tandem batches in a row"
+            sys.exit(f"update {row['update']}: {share}. This is not tandem training: check --p, --handoff and --batch")
 
 
 def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, held_out: list[tasks.Problem]) -> None:
@@ -357,30 +369,33 @@ def evaluate(update: int, args: argparse.Namespace, pair: Pair, problems: list[t
 # Main
 
 
+@runs.errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = parse_args(argv)
     if args.device == "cpu":
         # Models this small do not benefit from more threads.
         torch.set_num_threads(min(torch.get_num_threads(), 8))
-    try:
-        # Check folders, tokenizers, problems and memory before anything slow.
-        names = [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
-        # Which base this is goes into config.json; --resume insists on the same one.
-        args.base = tiny.identity(names[0])
-        for run in runs_of(args):
-            runs.check_folder(run)
-        tokenizers = models.load_tokenizers(*names)
-        args.device = parallel.start(args.device)
-        args.rollout_batch, args.micro_tokens = memory.fit_to_memory(args, *names, runs_of(args), tokenizers)
-        pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    with ExitStack() as locks:
+        try:
+            # Check tokenizers, problems, memory and folders before anything slow.
+            names = [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
+            # Which base this is goes into config.json; --resume insists on the same one.
+            args.base = tiny.identity(names[0])
+            tokenizers = models.load_tokenizers(*names)
+            args.device = parallel.start(args.device)
+            args.rollout_batch, args.micro_tokens = memory.fit_to_memory(args, *names, runs_of(args), tokenizers)
+            locks.enter_context(runs.locked(runs_of(args)))
+            pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
-    diverged = runs.run_all(runs_of(args), lambda run: train(run, pair))
-    parallel.barrier()
-    if args.setting in ("sweep", "all") and not args.arms:
-        diverged += runs.run_all(confirm_sweep(args), lambda run: train(run, pair))
+        diverged = runs.run_all(runs_of(args), lambda run: train(run, pair))
+        parallel.barrier()
+        if args.setting in ("sweep", "all") and not args.arms:
+            confirmations = confirm_sweep(args)
+            locks.enter_context(runs.locked(confirmations))
+            diverged += runs.run_all(confirmations, lambda run: train(run, pair))
     if parallel.is_main():
         for setting in SETTINGS if args.setting == "all" else [args.setting]:
             figures.draw(Path(args.out), setting, SETTINGS[setting])

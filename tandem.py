@@ -171,9 +171,9 @@ class BoundaryTables:
 def token_bytes(tokenizer, vocab_size: int, end_ids: Iterable[int] = ()) -> list[bytes]:
     """The bytes that each id writes: a list of length V (`vocab_size`, the width of the logits).
 
-    Special tokens, tokens that end a text (end_ids) and unused ids write nothing. Two encodings are supported: byte-level BPE (GPT-2, Llama 3, Qwen), in
-    which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is a space and "<0xE4>" a single
-    byte. Raises ValueError if a short test sentence does not come out as it went in.
+    Special tokens, tokens that end a text (end_ids) and unused ids write nothing. Two encodings are supported: byte-level
+    BPE (GPT-2, Llama 3, Qwen), in which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is
+    a space and "<0xE4>" a single byte. Raises ValueError if a short test sentence does not come out as it went in.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
     # Some end tokens, such as <|eot_id|> of Llama 3, are special without being listed among the tokenizer's special ids.

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.runs import read_rows
+from lab.runs import read_back, read_rows, seed_folders
 from metrics import has_jargon, wilson_interval
 
 Rows = list[dict]  # the rows of one metrics.jsonl
@@ -70,8 +70,9 @@ def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
     """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training."""
     runs: Runs = {}
     for arm in arms:
-        seeds = [read_rows(path) for path in sorted(Path(folder, arm).glob("seed-*/metrics.jsonl"))]
-        seeds = [rows for rows in seeds if rows]
+        files = [path / "metrics.jsonl" for path in seed_folders(folder, arm)]
+        # A run that has just begun has an empty file.
+        seeds = [rows for rows in (read_rows(path) for path in files if path.is_file()) if rows]
         if seeds and all({"senior", "tandem", "junior"} <= set(rows[0].get("eval", {})) for rows in seeds):
             runs[arm] = seeds
     return runs
@@ -79,8 +80,8 @@ def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
 
 def read_flags(folder: str | Path, arm: str) -> dict:
     """The flags of an arm, from the config.json of its first seed (seeds differ in their seed only)."""
-    for path in sorted(Path(folder, arm).glob("seed-*/config.json")):
-        return json.loads(path.read_text(encoding="utf-8"))["flags"]
+    for path in seed_folders(folder, arm):
+        return read_back(path / "config.json", flags=dict)["flags"]
     raise FileNotFoundError(f"{Path(folder, arm)} has no seed-<k>/config.json")
 
 
@@ -224,7 +225,7 @@ def figure_1(folder: Path, runs: Runs) -> Path | None:
 
     None if the arm "tandem" has no problem whose rollout was kept at three evaluations.
     """
-    chosen = choose_example(sorted(folder.glob("tandem/seed-*/samples.jsonl")))
+    chosen = choose_example([path / "samples.jsonl" for path in seed_folders(folder, "tandem") if (path / "samples.jsonl").is_file()])
     if chosen is None:
         return None
     rollouts, reason = chosen
@@ -558,7 +559,7 @@ def cells_of(arms: Iterable[str], prefix: str = "") -> dict[Cell, str]:
 
 def arms_in(folder: Path) -> list[str]:
     """The names of all arms that have been run, in alphabetical order."""
-    return sorted({path.parts[-3] for path in folder.glob("*/seed-*/metrics.jsonl")})
+    return sorted({path.parts[-3] for path in folder.glob("*/seed-*/metrics.jsonl") if path.stat().st_size})
 
 
 def has_diverged(folder: Path, arm: str) -> bool:

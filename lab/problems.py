@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from reward import final_number
+
 LANGUAGES = ("en", "de", "fr")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
@@ -61,7 +63,8 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
     """
     path = Path(source).expanduser() / f"{split}.jsonl"
     if path.is_file():
-        return [_parse(line, f"{path}, line {i}") for i, line in enumerate(path.open(encoding="utf-8"), 1) if line.strip()]
+        # Lines of bytes: text that is not UTF-8 is reported with its line.
+        return [_parse(line, f"{path}, line {i}") for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     if path.parent.is_dir() or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{path} is not there: a problem folder holds train.jsonl and test.jsonl")
     try:
@@ -73,16 +76,21 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
         # The hub fails in many ways, all with the same remedy.
         remedy = "give a folder with train.jsonl and test.jsonl, or use --problems generated"
         raise FileNotFoundError(f"cannot load the problems {source!r} ({type(error).__name__}): {remedy}") from error
-    return [_parse(json.dumps(row), f"{source}, {split}, row {i}") for i, row in enumerate(rows, 1)]
+    return [_parse(json.dumps(row).encode(), f"{source}, {split}, row {i}") for i, row in enumerate(rows, 1)]
 
 
-def _parse(line: str, where: str) -> Problem:
+def _parse(line: bytes, where: str) -> Problem:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
         question, answer = row["question"], row["answer"]
         solution, gold = answer.rsplit("####", 1)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{where}: expected {{"question": "...", "answer": "... #### 72"}}, got {line.strip()[:80]!r}') from error
+        if not question.strip() or final_number(gold) is None:
+            raise ValueError("the question is empty, or the answer has no number after ####")
+        # A lone surrogate cannot be written to any file.
+        (question + answer).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        expected = 'expected {"question": "...", "answer": "... #### 72"} in UTF-8 without a byte-order mark'
+        raise ValueError(f"{where}: {expected}, got {line.strip()[:80]!r} ({type(error).__name__}: {str(error)[:80]})") from error
     return Problem(question, {"en": f"{solution}#### {gold.strip()}"}, gold.strip())
 
 
@@ -188,6 +196,8 @@ def load_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
     if not train or len(held_out) < args.eval_problems:
         found = f"{len(train)} training and {len(held_out)} {held_out_split} problems"
         raise ValueError(f"{args.problems}: {found}, but --eval-problems is {args.eval_problems}: lower it, or give more problems")
+    if {problem.question for problem in held_out} <= {problem.question for problem in train}:
+        raise ValueError(f"{args.problems}: every {held_out_split} problem is a training problem too: give held-out problems")
     rng = random.Random(args.seed)
     # The held-out problems are drawn first, so that they stay the same when --updates grows.
     held_out = rng.sample(held_out, args.eval_problems)
@@ -237,8 +247,16 @@ def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tupl
         messages.append({"role": "user", "content": f"{asked}\n{INSTRUCTIONS[language]}"})
         if solution is not None:
             messages.append({"role": "assistant", "content": solution})
-    # Templates that know no thinking ignore the last option.
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    try:
+        # Templates that know no thinking ignore the last option.
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        fault = None if question.strip() in text else "the question is not in its text"
+    except Exception as error:
+        # A template is a program of its model and may raise anything.
+        fault = f"{type(error).__name__}: {str(error)[:80]}"
+    if fault:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails ({fault}): repair or remove it, or choose another --junior")
+    return text
 
 
 # Solved examples in three languages, written for this project; every solution is annotated.

@@ -7,37 +7,60 @@
                         state.pt         what --resume needs: adapter, optimizer, the number of the last update
                         stopped.txt      only where training diverged: why
 
-An interrupted run is resumed from state.pt, which is written last. If it is interrupted after a row is appended and before
-state.pt is saved, the resumed run appends that row again, and the last line of a file may be incomplete. Files are never
-rewritten for that: read_rows skips what is incomplete and keeps the last version of each row.
+An interrupted run is resumed from state.pt, which is saved before the first row and after every row. If a run is interrupted
+in between, the resumed run appends that row again, and the last line of a file may be incomplete. Files are never rewritten
+for that: read_rows skips what is incomplete and keeps the last version of each row. All other files are replaced as a whole.
+
+While a run is being written, its metrics.jsonl is locked, so that two processes never write to one folder. Whatever is read
+back is checked first, and nothing in it is run. What is wrong is Refused with the path and a remedy.
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
 
 import torch
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from lab import models, parallel
 
+if os.name == "posix":
+    import fcntl
+
 # Flags that may differ between a run and its --resume: what else to run and how long, where, and what is in memory at a
 # time, which changes results by rounding only.
 MAY_CHANGE = {"setting", "arms", "seeds", "updates", "resume", "out", "device", "memory", "rollout_batch", "micro_tokens", "checkpointing"}
+# Files that are replaced as a whole, each by way of a draft next to it, such as state.pt.1234.
+REPLACED = {"config.json", "state.pt", "stopped.txt", "adapter.pt"}
+
+
+class Refused(ValueError):
+    """A folder or file that a run cannot use. The message names its path and a remedy."""
 
 
 def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.out) / args.arm / f"seed-{args.seed}"
+
+
+def seed_folders(folder: str | Path, arm: str) -> list[Path]:
+    """The folders seed-<k> of an arm in the order of k. Others, such as "seed-0 (copy)", do not count."""
+    found = [path for path in Path(folder, arm).glob("seed-*") if re.fullmatch("seed-[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,22 +69,27 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
     if parallel.is_main():
-        with open(path, "a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl or samples.jsonl in the order of their updates, the last version of each."""
+    """The rows of a metrics.jsonl or samples.jsonl in the order of their updates, the last version of each.
+
+    Raises Refused for a line that is JSON, but not a row.
+    """
     rows = {}
     # Not splitlines, which also splits at rarer characters that a model may write.
-    for line in path.read_bytes().split(b"\n"):
+    for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+            # Rows of metrics.jsonl have only the first of these keys.
+            rows[int(row["update"]), row.get("who"), row.get("question")] = row
+        except (ValueError, OverflowError, RecursionError):
             # An empty line, or one that was cut off when the run was interrupted.
             continue
-        # Rows of metrics.jsonl have only the first of these keys.
-        rows[row["update"], row.get("who"), row.get("question")] = row
+        except (KeyError, TypeError, AttributeError) as error:
+            raise unusable(path, f"line {i} is not a row of a run") from error
     return sorted(rows.values(), key=lambda row: row["update"])
 
 
@@ -69,29 +97,69 @@ def read_rows(path: Path) -> list[dict]:
 # Begin, save, resume
 
 
+@contextmanager
+def locked(runs: list[argparse.Namespace]) -> Iterator[None]:
+    """Lock and check the folder of every run, and try to write there, before anything long.
+
+    A second process at one of these folders is Refused. The kernel drops the locks of a process that dies.
+    """
+    with ExitStack() as files:
+        # With several processes, the first one writes for all.
+        for args in runs if parallel.is_main() else []:
+            folder = run_folder(args)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                # The file of the rows is the lock, because it is only ever appended to.
+                lock(files.enter_context(open(folder / "metrics.jsonl", "ab")), folder)
+                # Is there room for a draft of 1 MiB? It is removed together with those that killed processes have left.
+                (folder / f"state.pt.{os.getpid()}").write_bytes(bytes(2**20))
+                for path in folder.iterdir():
+                    if path.stem in REPLACED and path.suffix[1:].isdecimal():
+                        path.unlink()
+            check_folder(args)
+        yield
+
+
+def lock(file, folder: Path) -> None:
+    """Lock an open file until it is closed. Without locks, on Windows and on some file systems, this does nothing."""
+    try:
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Refused(f"{folder} is being written by another process: wait until it has ended, or choose another --out") from error
+    except OSError:
+        pass
+
+
 def check_folder(args: argparse.Namespace) -> None:
-    """Raises ValueError rather than write over a run, or resume it with other flags or on another base."""
-    folder, config = run_folder(args), run_folder(args) / "config.json"
-    if folder.exists() and not args.resume:
-        raise ValueError(f"{folder} already holds a run: continue it with --resume, choose another --out, or remove it")
-    if (folder / "metrics.jsonl").is_file() and not (folder / "state.pt").is_file():
-        raise ValueError(f"{folder} holds rows but no state.pt to resume from: choose another --out, or remove it")
-    if config.is_file():
-        before = json.loads(config.read_text())["flags"]
-        changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
-        if changed:
-            flags = ", ".join(f"{name.replace('_', '-')} = {before[name]}" for name in changed)
-            raise ValueError(f"{folder} was begun with {flags}: resume it with the same, or choose another --out")
+    """Raises Refused rather than write over a run, resume it with other flags or on another base, or resume half of it."""
+    folder = run_folder(args)
+    state, rows = folder / "state.pt", read_rows(folder / "metrics.jsonl")
+    # A start that was interrupted before it wrote anything has left an empty file.
+    written = any(path.is_dir() or path.stat().st_size for path in folder.iterdir())
+    if written and not args.resume:
+        raise Refused(f"{folder} already holds a run: continue it with --resume, choose another --out, or remove it")
+    # State comes before rows (save_checkpoint), so these are the results of a run whose state was not kept, as in a clone.
+    if rows and not state.is_file():
+        raise Refused(f"{folder} holds rows but no state.pt to resume from: choose another --out, or remove it")
+    before = read_back(folder / "config.json", flags=dict)["flags"] if written else {}
+    changed = [name for name in before if name not in MAY_CHANGE and before[name] != getattr(args, name, None)]
+    if changed:
+        flags = ", ".join(f"{name.replace('_', '-')} = {before[name]}" for name in changed)
+        raise Refused(f"{folder} was begun with {flags}: resume it with the same, or choose another --out")
+    last = read_back(state, **STATE)["update"] if state.is_file() else -1
+    if [row["update"] for row in rows if row["update"] <= last] != list(range(last + 1)):
+        raise unusable(folder / "metrics.jsonl", f"it lacks some of the rows of updates 0 to {last}, which is that of state.pt")
 
 
 def write_config(args: argparse.Namespace) -> None:
     """config.json: every flag, and what tells one machine's run from another's, as of the last start of the run."""
     folder = run_folder(args)
     if parallel.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"flags": vars(args), **describe_machine(args.device)}, indent=2) + "\n")
+        config = {"flags": vars(args), **describe_machine(args.device)}
+        replace_file(folder / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
         # A last line that was cut off must not swallow the next one. Readers skip empty lines.
-        for path in folder.glob("*.jsonl"):
+        for path in folder.glob("*.jsonl") if args.resume else []:
             with open(path, "a") as file:
                 file.write("\n")
 
@@ -109,37 +177,105 @@ _GIT = "git describe --always --dirty --abbrev=40 --exclude=*".split()
 COMMIT = subprocess.run(_GIT, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None if which("git") else None
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """Write a file of tensors that is either complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(content, draft)
-    os.replace(draft, path)
+# What a state consists of.
+STATE = {"update": int, "adapter": dict, "optimizer": dict}
 
 
 def save_checkpoint(folder: Path, update: int, senior, optimizer) -> None:
     """The adapter and, last of all, the state after an update: an interruption leaves the state of the update before."""
     if parallel.is_main():
-        senior.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        with writing(folder / "adapter"):
+            senior.save_pretrained(folder / "adapter", save_embedding_layers=False)
         state = {"update": update, "adapter": models.adapter_state(senior), "optimizer": optimizer.state_dict()}
-        save_atomically(state, folder / "state.pt")
+        save_tensors(state, folder / "state.pt")
 
 
-def load_checkpoint(folder: Path, senior, optimizer) -> int | None:
-    """Load the last state, if there is one, and return the number of its update."""
+def load_checkpoint(folder: Path, senior, optimizer) -> int:
+    """Load the last state and return the number of its update: -1 before the first row.
+
+    The state of update -1 is saved here, so that there is always a state to resume from: rows without a state are those of
+    a clone.
+    """
     if not (folder / "state.pt").is_file():
-        return None
-    # To the CPU first: from there every tensor goes to the device of its parameter.
-    state = torch.load(folder / "state.pt", map_location="cpu")
-    set_peft_model_state_dict(senior, state["adapter"])
+        save_checkpoint(folder, -1, senior, optimizer)
+    parallel.barrier()
+    # On the CPU: from there every tensor goes to the device of its parameter.
+    state = read_back(folder / "state.pt", **STATE)
+    load_adapter(senior, state["adapter"], folder / "state.pt")
     optimizer.load_state_dict(state["optimizer"])
     return state["update"]
+
+
+def load_adapter(senior, adapter: dict, path: Path) -> None:
+    """Give the senior an adapter that was read from `path`. Raises Refused unless it has exactly the senior's tensors."""
+    found, expected = ({name: tensor.shape for name, tensor in state.items()} for state in (adapter, models.adapter_state(senior)))
+    if found != expected:
+        raise unusable(path, f"{len(found.items() ^ expected.items())} tensors are missing, additional or of another shape")
+    set_peft_model_state_dict(senior, adapter)
 
 
 def is_finished(args: argparse.Namespace) -> bool:
     """Whether the last update of a run is on disk, or its training diverged."""
     state, stopped = run_folder(args) / "state.pt", run_folder(args) / "stopped.txt"
-    return stopped.is_file() or (state.is_file() and torch.load(state, map_location="cpu")["update"] >= args.updates)
+    return stopped.is_file() or (state.is_file() and read_back(state, **STATE)["update"] >= args.updates)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are written as a whole and read back
+
+
+def save_tensors(content: dict, path: Path, draft_folder: Path | None = None) -> None:
+    """Write a file of tensors. Raises Refused, and keeps the file as it was, if a number is not finite."""
+    file = io.BytesIO()
+    torch.save(content | {"tensors": count_tensors(content, path)}, file)
+    replace_file(path, file.getvalue(), draft_folder)
+
+
+def count_tensors(content, path: Path) -> int:
+    """The number of tensors in nested dictionaries and lists. Raises Refused if one of them is not finite."""
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise Refused(f"{path}: its numbers are not finite. Start again in another --out with a smaller --lr or --specialist-lr")
+    return len(tensors)
+
+
+def replace_file(path: Path, content: bytes, draft_folder: Path | None = None) -> None:
+    """Write a file that is either complete or not there. The draft is next to it, or else in a run folder that is locked."""
+    draft = (draft_folder or path.parent) / f"{path.name}.{os.getpid()}"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        os.replace(draft, path)
+
+
+def read_back(path: Path, **types: type) -> dict:
+    """A config.json, or a file of save_tensors on the CPU. Raises Refused unless it is complete and finite.
+
+    types: the keys that it must have, and the types of their values. Code in it is not run.
+    """
+    try:
+        content = json.loads(path.read_bytes()) if path.suffix == ".json" else torch.load(path, map_location="cpu", weights_only=True)
+        complete = all(isinstance(content.get(key), kind) for key, kind in types.items())
+    except Exception as error:
+        # torch.load fails in many ways, all with the same remedy.
+        raise unusable(path, type(error).__name__) from error
+    count = count_tensors(content, path)
+    if not complete or content.get("tensors", count) != count:
+        raise unusable(path, "it is incomplete")
+    return content
+
+
+def unusable(path: Path, reason: str) -> Refused:
+    return Refused(f"{path} cannot be used ({reason}): restore it from a copy, or remove {path.parent} to make it anew")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name path and remedy if something cannot be written, for instance because the disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"cannot write {path} ({error}): make room or give rights and use --resume, or choose another --out") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,12 +310,12 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
         try:
             train(args)
         except (Diverged, FloatingPointError) as error:
-            metrics = run_folder(args) / "metrics.jsonl"
-            when = f"after update {read_rows(metrics)[-1]['update']}" if metrics.is_file() else "before the first evaluation"
+            rows = read_rows(run_folder(args) / "metrics.jsonl")
+            when = f"after update {rows[-1]['update']}" if rows else "before the first evaluation"
             reason = f"{run_folder(args)}, {when}: {error}"
             print(reason)
             if parallel.is_main():
-                (run_folder(args) / "stopped.txt").write_text(f"{reason}\n")
+                replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
         minutes = (time.time() - started) / done * (len(todo) - done) / 60
         print(f"{done} of {len(todo)} runs finished, about {minutes:.0f} minutes left\n")
     reasons = [run_folder(args) / "stopped.txt" for args in runs]
@@ -188,6 +324,18 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run prints
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with one line if a folder or file is Refused, or at Ctrl-C, when a shell expects the exit code 130."""
+    try:
+        yield
+    except Refused as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on after the last update that was saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def log_row(row: dict) -> None:

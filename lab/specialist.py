@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
 from tqdm import tqdm
 
 from lab import models, parallel, runs
@@ -43,16 +42,17 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
     texts = annotated_solutions(args, language)
     # A specialist that was taught other texts, because a flag or this file has changed, is made anew.
     flags = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": hashlib.sha256(repr(texts).encode()).hexdigest()}
-    kept = torch.load(path, map_location=args.device) if path.is_file() else None
+    kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
     if kept and kept["flags"] == flags:
-        set_peft_model_state_dict(pair.senior, kept["adapter"])
+        runs.load_adapter(pair.senior, kept["adapter"], path)
         return
 
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
     options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {name} seed {args.seed}")
     fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
     if parallel.is_main():
-        runs.save_atomically({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path)
+        # Several runs may make one specialist at the same time, but only this one writes to its run folder.
+        runs.save_tensors({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path, draft_folder=runs.run_folder(args))
 
 
 def annotated_solutions(args: argparse.Namespace, language: str) -> list[tuple[str, str]]:

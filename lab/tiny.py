@@ -78,7 +78,7 @@ def make(folder: Path | str) -> None:
     tokenizer.save_pretrained(folder)
     weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
     note = {"checksum": checksum(texts), "weights": weights, "minutes": round((time.time() - started) / 60, 1)}
-    note |= {"command": "python -m lab.tiny", **describe_machine("cpu")}
+    note |= {"command": " ".join(["python -m lab.tiny", *sys.argv[1:]]), **describe_machine("cpu")}
     (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
 
 

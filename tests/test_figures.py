@@ -116,7 +116,7 @@ def test_updates_until(tmp_path):
 
 
 def test_table(tmp_path):
-    """Two seeds: the senior's accuracy 4 of 8, then 6 of 8 (seeds 2 and 4 of 4); 4 evaluations of half a minute make 1.0 minutes per seed."""
+    """Two seeds: the senior's accuracy 4 of 8, then 6 of 8 (2 and 4 of 4); 4 evaluations of half a minute: 1.0 minutes per seed."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1, 0), (1.0, 0, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1, 0), (0.5, 0, 1))
     head, _, row = figures.table(figures.read_runs(tmp_path, ["tandem"])).splitlines()

@@ -77,11 +77,10 @@ def test_prompts_with_shots():
     class Chat:
         def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
             assert not enable_thinking
-            return [(message["role"], message["content"]) for message in messages]
+            return " | ".join(f"{message['role']}: {message['content']}" for message in messages)
 
     instruction = INSTRUCTIONS["fr"]
-    turns = [("user", f"Q1?\n{instruction}"), ("assistant", "A1"), ("user", f"Q2?\n{instruction}")]
-    assert chat_prompt(Chat(), "Q2?", "fr", shots) == turns
+    assert chat_prompt(Chat(), "Q2?", "fr", shots) == f"user: Q1?\n{instruction} | assistant: A1 | user: Q2?\n{instruction}"
 
 
 @pytest.mark.parametrize(

@@ -86,13 +86,13 @@ def test_reward(completion, gold, right):
 def test_a_megabyte_takes_linear_time(text):
     """Linear code needs well under a second; a quadratic one, or Python's int(), would take minutes or refuse."""
     start = time.perf_counter()
-    assert reward(text, text) in (0.0, 1.0)
+    assert 0 <= reward(text, text) <= 1
     assert time.perf_counter() - start < 30
 
 
 def test_odd_strings_do_not_raise():
     for text in ["\x00", "\ud800", "٣٤", "½", "####" * 100, "-" * 9 + "1", "1e999999999", "NaN", "∞"]:
-        assert reward(text, "1") in (0.0, 1.0)
+        assert 0 <= reward(text, "1") <= 1
     assert final_number("٣") is None  # digits of other scripts are not numbers here
 
 

@@ -94,10 +94,10 @@ def test_resume_gives_the_same_run(command, flags, tmp_path):
     def interrupted(folder, update, *rest):
         """Ctrl-C before the checkpoint of update 1, whose row is written already, and in the middle of the row of update 2."""
         calls.append(update)
-        if calls == [0, 1]:
+        if calls == [-1, 0, 1]:
             raise KeyboardInterrupt
         real(folder, update, *rest)
-        if calls == [0, 1, 1]:
+        if calls == [-1, 0, 1, 1]:
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write('{"update": 2, "rew')
             raise KeyboardInterrupt
@@ -105,7 +105,7 @@ def test_resume_gives_the_same_run(command, flags, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "save_checkpoint", interrupted)
         for more in ([], ["--resume"]):
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit, match="130"):
                 main([*other, *more])
     assert [row["update"] for row in runs.read_rows(broken / "metrics.jsonl")] == [0, 1]
     assert (broken / "metrics.jsonl").read_text().count('{"update": 1,') == 2
@@ -193,7 +193,7 @@ def test_all_settings_arm_by_arm(command, tmp_path, monkeypatch, capsys):
         made.append(args.arm)
 
     monkeypatch.setattr(run_gsm8k, "train", spy)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(flags)
     main([*flags, "--resume"])
     made.remove("interrupted")
@@ -297,12 +297,13 @@ def test_shuffled_rewards(command, monkeypatch):
     assert len({tuple(rewards) for rewards in weighted}) > 2  # two updates of two seeds, each with a permutation of its own
 
 
-def test_a_tandem_run_without_a_junior_stops(command, monkeypatch):
+def test_a_tandem_run_without_a_junior_stops(command, tmp_path, monkeypatch):
     """A switch that changes the method must not go unnoticed: here the junior is never named."""
     real = run_gsm8k.rollout_in_chunks
     monkeypatch.setattr(run_gsm8k, "rollout_in_chunks", lambda *a, **k: real(*a, **(k | {"p": 1.0 if 0 < k["p"] < 1 else k["p"]})))
-    with pytest.raises(SystemExit, match="This is not tandem training"):
-        main([*command, "--arms", "tandem"])
+    with pytest.raises(SystemExit, match="update 5: the senior wrote 100% of the tokens of 5 tandem batches in a row. This is not tandem"):
+        main([*command, "--arms", "tandem", "--updates", "6"])
+    assert [row["update"] for row in runs.read_rows(tmp_path / "runs" / "tandem" / "seed-0" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_coins_and_tokens_are_two_streams(command, monkeypatch):
@@ -376,7 +377,7 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--preset big", "invalid choice: 'big'"),
         ("--handoff words", "invalid choice: 'words'"),
         ("--batch 7", "--batch 7 is not divisible by --rollouts-per-prompt 2"),
-        ("--p 1.0", "--p 1: .*--solo"),
+        ("--p 1.0", "--p 1: .*such as solo"),
         ("--p 0", "--p 0: "),
         ("--p nan", "--p: nan: must be a finite number of at least 0 and at most 1"),
         ("--junior-weight 1.5", "--junior-weight: 1.5: must"),
@@ -411,18 +412,19 @@ def test_results_without_a_state_are_not_resumed(command, tmp_path):
     """As in a clone of this repository: the rows are there, the states are not, and nothing may be lost."""
     folder = tmp_path / "runs" / "solo" / "seed-0"
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "metrics.jsonl").write_text('{"update": 0}\n')
     with pytest.raises(SystemExit, match="holds rows but no state.pt"):
         main([*command, "--resume"])
-    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+    assert (folder / "metrics.jsonl").read_text() == '{"update": 0}\n'
 
 
 def test_a_folder_that_holds_a_run_is_kept(command, tmp_path):
     folder = tmp_path / "runs" / "solo" / "seed-0"
     folder.mkdir(parents=True)
+    (folder / "state.pt").write_text("kept")
     with pytest.raises(SystemExit, match="already holds a run: continue it with --resume"):
         main(command)
-    assert list(folder.iterdir()) == []
+    assert (folder / "state.pt").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -446,8 +448,8 @@ def test_malformed_problems_are_named_first(command, tmp_path):
 
 
 def test_real_format_problems(command, tmp_path):
-    line = json.dumps({"question": "What is 1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}) + "\n"
     for name in ("train", "test"):
+        line = json.dumps({"question": f"What is 1+1 in the {name} file?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(line * 4)
     main([*command, "--problems", str(tmp_path), "--arms", "solo"])
     with pytest.raises(SystemExit, match="4 training and 4 test problems, but --eval-problems is 5"):

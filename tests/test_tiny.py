@@ -9,7 +9,8 @@ from lab import tiny
 
 
 def test_constants_and_shipped_weights_belong_together():
-    """A change to a constant, to the corpus or to the weights alone makes this fail: run `python -m lab.tiny` then."""
+    """A change to a constant, to the corpus or to the weights alone makes this fail. That is expected if you have made a base
+    of your own in another folder; if the shipped base is to change, run `python -m lab.tiny`, which replaces it."""
     note = json.loads((tiny.FOLDER / "made.json").read_text())
     assert note["checksum"] == tiny.checksum(tiny.corpus(tiny.STEPS * tiny.BATCH))
     assert note["weights"] == hashlib.sha256((tiny.FOLDER / "model.safetensors").read_bytes()).hexdigest()
