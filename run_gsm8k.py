@@ -34,7 +34,7 @@ from the same *specialist*: the senior after fine-tuning on annotated solutions 
 fine-tuning. (The paper's senior is a specialist already.) What a run leaves on disk is described in lab/runs.py.
 """
 
-# ruff: noqa: I001  `lab` comes first: it sets OMP_WAIT_POLICY, which torch reads when it is imported
+# ruff: noqa: I001  `lab` comes first: it sets how OpenMP threads wait, which torch reads when it is imported
 import lab  # noqa: F401
 import argparse
 import sys
