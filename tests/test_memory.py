@@ -121,10 +121,10 @@ def test_the_weights_of_a_second_checkpoint_are_counted(base_folder, tmp_path, c
 
 
 def test_a_text_beyond_the_context_is_refused(base_folder):
-    """The base has a context of 256: 48 tokens of prompt and 209 new ones are one too many."""
-    fit_to_memory(flags(max_new_tokens=208), base_folder, base_folder, [], [])
-    with pytest.raises(ValueError, match="48 tokens of prompt and --max-new-tokens 209 exceed its context of 256"):
-        fit_to_memory(flags(max_new_tokens=209), base_folder, base_folder, [], [])
+    """The base has a context of 1024: 48 tokens of prompt and 977 new ones are one too many."""
+    fit_to_memory(flags(max_new_tokens=976), base_folder, base_folder, [], [])
+    with pytest.raises(ValueError, match="48 tokens of prompt and --max-new-tokens 977 exceed its context of 1024"):
+        fit_to_memory(flags(max_new_tokens=977), base_folder, base_folder, [], [])
 
 
 def test_what_was_cut_is_said(base_folder, capsys):
