@@ -1,4 +1,4 @@
-"""What is measured: accuracy, jargon, language, handoffs; and how uncertain a proportion is.
+"""What is measured: accuracy, jargon, language, handoffs, the distance from the junior; and how uncertain a number is.
 
     accuracy     share of solutions that are correct (reward.is_correct)
     jargon       share of solutions with "<<" or ">>". The paper counts calculator annotations (West et al., 2025); half an
@@ -8,8 +8,11 @@
     handoffs     changes of author per rollout, and how many of them fall inside an expression such as 48/2=<<48/2=24>>24
                  (evaluations count changes between texts, training batches also a change at the end token)
 
-A solution that mixes two languages is counted under the likelier one. Everything here works on text or on the masks of a
-batch and needs neither senior nor junior.
+    legibility, drift   how hard the senior's solutions are for the junior, and how far the two distributions are apart
+    pass@k       probability that one of k solutions is right
+
+A solution that mixes two languages is counted under the likelier one. Everything here works on text, masks and
+log-probabilities, and runs no model.
 """
 
 import math
@@ -18,8 +21,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from reinforce import kl_estimate
 from reward import is_correct
 
 if TYPE_CHECKING:
@@ -129,7 +134,67 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Tandem RL: how far the senior is from its junior, and pass@k
+
+
+def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Three distances on solutions that the senior wrote, each the mean over the tokens of a solution, (B,), in nats per token.
+
+    senior, junior: log-probabilities of the whole vocabulary before every token, (B, C, V). ids, mask: (B, C).
+
+        legibility   -log junior(y_t)                                     the junior's cross-entropy
+        drift        sum_v senior(v) * (log senior(v) - log junior(v))    KL(senior || junior), exact over the vocabulary
+        drift_k3     its estimate from y_t alone (reinforce.py, equation 6)
+
+    # Open in paper: how the distance from the junior was measured.
+    """
+    written = [logprobs.gather(2, ids[:, :, None])[:, :, 0] for logprobs in (senior, junior)]  # (B, C) each
+    per_token = {
+        "legibility": -written[1],
+        "drift": (senior.exp() * (senior - junior)).sum(-1),
+        "drift_k3": kl_estimate(*written),
+    }
+    return {name: (values * mask).sum(1) / mask.sum(1) for name, values in per_token.items()}
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Unbiased estimate, from n solutions of which `right` are right, that at least one of k is (Chen et al., 2021).
+
+    That is 1 minus the probability that k of the n, drawn without replacement, are all wrong. Raises ValueError unless
+    0 <= right <= n and 1 <= k <= n.
+
+    >>> pass_at_k(2, n=4, k=1), pass_at_k(2, n=4, k=2), pass_at_k(2, n=4, k=3)
+    (0.5, 0.8333333333333334, 1.0)
+    """
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} from {right} right of {n}: need 0 <= right <= n and 1 <= k <= n")
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Uncertainty
+
+
+def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.sum, resamples: int = 2000) -> tuple[float, float]:
+    """A 95 % interval that contains both the differences between seeds and the sampling of problems.
+
+    values: (S seeds, N problems, K measures). Each time, S seeds are drawn with replacement and N problems of each of them, and
+    `statistic` is applied to the K means; the interval is that of the middle 95 % of its values. Measures of the same
+    problem stay together, so that the difference of two arms is compared problem by problem: statistic = m[0] - m[1].
+    With few seeds it is somewhat too narrow. Always the same for the same values. Raises ValueError without seeds or problems.
+
+    >>> bootstrap_interval(np.ones((3, 4, 1)))
+    (1.0, 1.0)
+    """
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(f"expected values of shape (seeds, problems, measures), none of them 0, got {values.shape}")
+    rng, (seeds, problems, _) = np.random.default_rng(0), values.shape
+    drawn = []
+    for _ in range(resamples):
+        rows, columns = rng.integers(seeds, size=(seeds, 1)), rng.integers(problems, size=(seeds, problems))
+        drawn.append(statistic(values[rows, columns].mean((0, 1))))
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

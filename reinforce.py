@@ -1,22 +1,37 @@
-"""The update: REINFORCE for the senior, on text that two models wrote.
+"""The update of the senior, on text that two models wrote: REINFORCE and, from Tandem RL, GRPO.
 
-For a rollout y with reward r, each update follows the gradient of (West et al., 2025; c and j are from their Appendix E)
+REINFORCE. For a rollout y with reward r, each update follows the gradient of (West et al., 2025; c and j are from their
+Appendix E)
 
     J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                    (1)
     w(y) = r + c * (1 - r)               1 for a right rollout, c for a wrong one                      (2)
     m_t  = 1 if the senior wrote y_t, else j                                                           (3)
 
 with respect to the senior's weights, with the sampled y and its reward held fixed. The senior scores every token, the
-junior's too, under its own prompt. (We know the paper from secondary sources, see run_gsm8k.py.)
+junior's too, under its own prompt. (We know both papers from secondary sources, see run_gsm8k.py.)
+
+GRPO (Tandem RL: Jiao et al., 2026) compares a rollout with the others of its problem. With G rollouts y_1 ... y_G per
+problem and their rewards r_1 ... r_G, it follows the gradient of
+
+    A(y_i) = (r_i - mean(r)) / (std(r) + 1e-6)                     std with G - 1 in its denominator   (4)
+    J = E[ sum_t min( rho_t * A(y) * m_t, clip(rho_t, 1 - e, 1 + e) * A(y) * m_t ) ]                   (5)
+    rho_t = pi_senior(y_t | x_senior, y_<t) / pi_old(y_t | x_senior, y_<t)
+    k3_t = exp(d_t) - 1 - d_t,   d_t = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(...)        (6)
+
+where pi_old is the senior that wrote the rollouts. In the first step on a batch rho_t = 1, and the gradient of (5) is that of
+(1) with A instead of w. Tandem RL scores only the senior's tokens, j = 0. The control "GRPO with a KL term" subtracts
+beta * k3_t from (5) for every token of the senior.
 
     symbol   variable        meaning
     c        wrong_weight    0 discards wrong rollouts (the paper's main runs); below 0 makes them less likely (the paper
                              found -0.5 to -0.3 best)
     j        junior_weight   1 counts the junior's tokens in full (the paper's main runs); 0 counts only the senior's own
-    w * m    weights (B, C)            log pi_senior    logprobs (B, C)
+    w or A   w (B,)            w * m    weights (B, C)            log pi_senior    logprobs (B, C)
+    G        group_size        e        clip_ratio                beta             args.kl
 
-Worked example with c = -0.4 and j = 0.3. A right rollout written by senior, junior, senior has the weights 1, 0.3, 1. A
-wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4.
+Worked example of (1) with c = -0.4 and j = 0.3. A right rollout written by senior, junior, senior has the weights 1, 0.3,
+1. A wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4. Of (4): if one of 8 rollouts is right, its
+advantage is 2.47 and that of the others is -0.35.
 
 What this optimises. With j = 0, and under a schedule whose coins depend only on text already written (`token`, `redraw`),
 the gradient of (1) is that of the expected reward of the team, times 1 - c. Indeed w = r + c - c * r = (1 - c) * (r - b)
@@ -25,33 +40,75 @@ discarded samples are missing from the sum (see tandem.py). With j > 0 (the pape
 gradient: the senior is also trained to imitate what the junior wrote in right rollouts, and with c < 0 to avoid what it
 wrote in wrong ones.
 
-The loss is minus (1) divided by the number of completion tokens in the batch, so long texts weigh more than short ones, and
-the estimate is slightly biased because that number is random. Its value is no measure of progress, since texts and weights
-are drawn anew at every update. Only its gradient is used; watch the rewards instead. There is no learned baseline, KL
-penalty or importance ratio, and every update is on-policy. The training loop, with the loss expression, is in run_gsm8k.py.
+The loss is minus (1) or (5) divided by the number of completion tokens in the batch, so long texts weigh more than short
+ones, and the estimate is slightly biased because that number is random. Its value is no measure of progress, since texts
+and weights are drawn anew at every update. Only its gradient is used; watch the rewards instead. There is no learned
+baseline and no entropy bonus. The training loop, with the loss expression, is in run_gsm8k.py.
 """
 
 import torch
 
 from rollout import Rollouts, trim_left
 
-# Shapes: B rollouts, P prompt length, C completion length, V vocabulary size, H hidden width,
+# Shapes: B rollouts, P prompt length, C completion length, V vocabulary size, H hidden width, G rollouts per problem,
 # N completion tokens of the batch without padding.
 
 
-def token_weights(rollouts: Rollouts, rewards: torch.Tensor, wrong_weight: float, junior_weight: float) -> torch.Tensor:
-    """The weights w(y) * m_t of equation (1): (B, C), zero at padding.
+def outcome_weights(rewards: torch.Tensor, wrong_weight: float) -> torch.Tensor:
+    """REINFORCE: w(y) of equation (2) for every rollout, (B,).
 
-    rewards: (B,) in [0, 1]. A partial credit r between 0 and 1 gives a weight between c and 1. Raises ValueError if
-    rewards have another shape or lie outside [0, 1].
+    rewards: (B,) in [0, 1]. A partial credit r between 0 and 1 gives a weight between c and 1. Raises ValueError for a
+    reward outside [0, 1].
     """
-    if rewards.shape != (len(rollouts),):
-        raise ValueError(f"expected one reward per rollout, shape ({len(rollouts)},), got shape {tuple(rewards.shape)}")
     if not ((rewards >= 0) & (rewards <= 1)).all():
         raise ValueError(f"rewards must lie in [0, 1], got {rewards.min().item()} to {rewards.max().item()}: see equation (2)")
-    w = rewards + wrong_weight * (1 - rewards)  # (B,), equation (2)
+    return rewards + wrong_weight * (1 - rewards)
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """GRPO: A of equation (4) for every rollout, (B,). Every `group_size` neighbours are rollouts of the same problem.
+
+    If all rewards of a group are equal, it says nothing about what to prefer, and its advantages are 0. Raises ValueError
+    for a group of one, whose advantage could only be 0, or if B is no multiple of the group.
+
+    >>> group_advantages(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]), group_size=8)[:2]
+    tensor([ 2.4749, -0.3536])
+    """
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards in groups of {group_size}: a group is two or more rollouts of one problem")
+    groups = rewards.view(-1, group_size)  # (problems, G)
+    centred = groups - groups.mean(1, keepdim=True)
+    # std is the unbiased one, with G - 1 in the denominator.
+    return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+
+
+def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> torch.Tensor:
+    """The weights w(y) * m_t of equations (1) and (5): (B, C), zero at padding. w: (B,), one weight per rollout.
+
+    Raises ValueError if w has another shape.
+    """
+    if w.shape != (len(rollouts),):
+        raise ValueError(f"expected one weight per rollout, shape ({len(rollouts)},), got shape {tuple(w.shape)}")
     m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C), equation (3)
     return w[:, None] * m * rollouts.completion_mask
+
+
+def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weights: torch.Tensor, clip_ratio: float) -> torch.Tensor:
+    """GRPO: the terms of equation (5), (B, C), for weights A(y) * m_t.
+
+    logprobs: the senior's, with a gradient. old_logprobs: those of the senior that wrote the rollouts, without. Since m_t is
+    not negative, it may stand inside the minimum.
+    """
+    # Where the weight is 0, an overflow of the ratio would make 0 * inf, which is not a number.
+    log_ratio = (logprobs - old_logprobs).masked_fill(weights == 0, 0.0)
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * weights, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weights)
+
+
+def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor) -> torch.Tensor:
+    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior)."""
+    log_ratio = junior_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
 
 
 def plain_loss(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -60,13 +117,18 @@ def plain_loss(model, rollouts: Rollouts, weights: torch.Tensor, temperature: fl
     This is the definition. It holds logits of shape (B, P+C, V), which do not fit into memory for a large vocabulary, so
     training uses completion_logprobs below. A test checks that the gradients of the two agree.
     """
+    # Scored at the temperature of sampling: that is the distribution from which the tokens were drawn.
+    logprobs = full_logprobs(model, rollouts, temperature).gather(2, rollouts.completion_ids[:, :, None])[:, :, 0]  # (B, C)
+    return -(weights * logprobs).sum() / rollouts.completion_mask.sum()
+
+
+def full_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """The log-probabilities of the whole vocabulary before every completion token, (B, C, V)."""
     ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits  # (B, P+C, V)
     # The shift: the logits at position P+t-1 predict completion token t. Half precision becomes float32 for the softmax.
     logits = logits[:, rollouts.prompt_ids.shape[1] - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))  # (B, C, V)
-    # Scored at the temperature of sampling: that is the distribution from which the tokens were drawn.
-    logprobs = (logits / temperature).log_softmax(-1).gather(2, rollouts.completion_ids[:, :, None])[:, :, 0]  # (B, C)
-    return -(weights * logprobs).sum() / rollouts.completion_mask.sum()
+    return (logits / temperature).log_softmax(-1)
 
 
 def _model_inputs(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,14 +202,17 @@ class FrozenOutputLayer(torch.autograd.Function):
         return None, upstream[:, None].to(gradients.dtype) * gradients, None, None
 
 
-def micro_batches(rollouts: Rollouts, weights: torch.Tensor, max_tokens: int) -> list[tuple[Rollouts, torch.Tensor]]:
+def micro_batches(
+    rollouts: Rollouts, weights: torch.Tensor, max_tokens: int, keep_all: bool = False
+) -> list[tuple[Rollouts, torch.Tensor]]:
     """Cut a batch into parts of at most `max_tokens` tokens, padding included. A longer rollout is a part of its own.
 
     Returns (rollouts, weights) per part. Rollouts whose weights are all zero (the wrong ones if c = 0) contribute no
     gradient and are left out, so the list is empty if there is nothing to learn from. They still count in the denominator
-    of the loss, which is therefore taken from the whole batch, before this split.
+    of the loss, which is therefore taken from the whole batch, before this split. keep_all: the loss has another term, the
+    divergence from the junior, to which every rollout contributes.
     """
-    rows = (weights != 0).any(1).nonzero()[:, 0]
+    rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0]
     # Sorted, because parts of similar length waste less on padding.
     rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]
     lengths = [mask[rows].sum(1).tolist() for mask in (rollouts.prompt_mask, rollouts.completion_mask)]
@@ -167,8 +232,8 @@ def micro_batches(rollouts: Rollouts, weights: torch.Tensor, max_tokens: int) ->
 
 def select(rollouts: Rollouts, rows: torch.Tensor) -> Rollouts:
     """The rollouts `rows` (n,), without the columns that are padding in all of them."""
-    prompt_ids, prompt_mask = trim_left(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows])
+    prompts = trim_left(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows])
+    junior_prompts = trim_left(rollouts.junior_prompt_ids[rows], rollouts.junior_prompt_mask[rows])
     length = int(rollouts.completion_mask[rows].sum(1).max())
-    not_columns = ("prompt_ids", "prompt_mask", "texts")
-    columns = {name: value[rows, :length] for name, value in vars(rollouts).items() if name not in not_columns}
-    return Rollouts(prompt_ids, prompt_mask, **columns, texts=[rollouts.texts[i] for i in rows.tolist()])
+    columns = {name: value[rows, :length] for name, value in vars(rollouts).items() if "prompt" not in name and name != "texts"}
+    return Rollouts(*prompts, *junior_prompts, **columns, texts=[rollouts.texts[i] for i in rows.tolist()])

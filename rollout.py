@@ -54,10 +54,13 @@ class Pair:
 
 @dataclass
 class Rollouts:
-    """A batch of B completions together with the senior's prompts. Masks hold 1 for real tokens and 0 for padding."""
+    """A batch of B completions together with both prompts. Masks hold 1 for real tokens and 0 for padding."""
 
-    prompt_ids: torch.Tensor  # (B, P), padded on the left
+    # The senior's prompts and the junior's, padded on the left.
+    prompt_ids: torch.Tensor  # (B, P)
     prompt_mask: torch.Tensor  # (B, P)
+    junior_prompt_ids: torch.Tensor  # (B, P'), with another P'
+    junior_prompt_mask: torch.Tensor  # (B, P')
     completion_ids: torch.Tensor  # (B, C), the end token included, padded on the right
     completion_mask: torch.Tensor  # (B, C)
     # (B, C), 1 where the senior wrote the token.
@@ -74,6 +77,10 @@ class Rollouts:
     def to(self, device: torch.device | str) -> "Rollouts":
         tensors = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "texts"}
         return Rollouts(**tensors, texts=self.texts)
+
+    def as_read_by_junior(self) -> "Rollouts":
+        """The same completions after the junior's prompts, for the junior to score."""
+        return replace(self, prompt_ids=self.junior_prompt_ids, prompt_mask=self.junior_prompt_mask)
 
     def handoffs(self) -> torch.Tensor:
         """How often the author changes in each rollout, (B,)."""
@@ -208,7 +215,7 @@ def rollout(
         if t + 1 < max_new_tokens:
             for decoder in decoders:
                 decoder.step(ids)
-    return buffer.finish(senior_prompts, pair.pieces)
+    return buffer.finish(senior_prompts, junior_prompts, pair.pieces)
 
 
 def rollout_in_chunks(
@@ -338,14 +345,14 @@ class RolloutBuffer:
     def select_rows(self, index: torch.Tensor) -> None:
         self.rows, self.unfinished = self.rows[index], self.unfinished[index]
 
-    def finish(self, prompts: tuple[torch.Tensor, torch.Tensor], pieces: list[bytes]) -> Rollouts:
+    def finish(self, senior_prompts, junior_prompts, pieces: list[bytes]) -> Rollouts:
         for name, step in zip(("senior", "junior"), self.first_broken.tolist()):
             if step < self.ids.shape[1]:
                 raise FloatingPointError(f"the {name}'s logits are not finite at completion token {step + 1}")
         # Drop the columns that no rollout has reached.
         length = int(self.mask.sum(1).max())
         columns = [x[:, :length] for x in (self.ids, self.mask, self.senior_mask, self.logprobs)]
-        return Rollouts(*prompts, *columns, decode(columns[0], columns[1], pieces))
+        return Rollouts(*senior_prompts, *junior_prompts, *columns, decode(columns[0], columns[1], pieces))
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -403,7 +410,7 @@ def join(parts: list[Rollouts]) -> Rollouts:
         gaps = [width - tensor.shape[1] for tensor in tensors]
         return torch.cat([functional.pad(x, (gap, 0) if left else (0, gap)) for x, gap in zip(tensors, gaps)])
 
-    tensors = {name: concatenate(name, left=name.startswith("prompt")) for name in vars(parts[0]) if name != "texts"}
+    tensors = {name: concatenate(name, left="prompt" in name) for name in vars(parts[0]) if name != "texts"}
     return Rollouts(**tensors, texts=[text for part in parts for text in part.texts])
 
 

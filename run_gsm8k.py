@@ -1,10 +1,12 @@
-"""Tandem training on GSM8K: the experiments of West, Anderson, Kamar and Horvitz (2025), from one command line.
+"""Tandem training on GSM8K: the experiments of two papers, West et al. (2025) and Jiao et al. (2026), from one command line.
 
     python run_gsm8k.py --setting skill                 # the senior drops its jargon (Figures 1 and 2)
     python run_gsm8k.py --setting language              # senior and junior speak different languages (Figures 2 and 3)
     python run_gsm8k.py --setting granularity           # how often a coin is tossed, and how biased it is
     python run_gsm8k.py --setting control               # is it the reward, or imitation of the junior?
     python run_gsm8k.py --setting sweep                 # the weights of wrong rollouts and of the junior's tokens (Appendix E)
+    python run_gsm8k.py --setting pressure              # GRPO without the junior's tokens: does the reward alone remove jargon?
+    python run_gsm8k.py --setting rlvr                  # Tandem RL (Jiao et al., 2026): both models start from the same base
     python run_gsm8k.py --setting all --seeds 3         # everything, as in results/tiny; continue with --resume
 
 Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the paper's two Llama-2-7B
@@ -14,11 +16,11 @@ per completion; x are the prompts, y_t is token t):
     problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin        rollout.py, tandem.py
              └ x_junior ─ junior ┘ names the active model; its proposal is written
                   └─> completion_ids, senior_mask (B, C), texts
-    texts ─> rewards (B,) ─> weights (B, C)                                             reward.py, reinforce.py
+    texts ─> rewards (B,) ─> weights (B, C), by REINFORCE or GRPO                       reward.py, reinforce.py
     weights x log pi_senior (B, C) ─> loss ─> one LoRA step ─> one row of metrics.jsonl ─> figures
 
-What we know of the paper, its figures and its Appendix E comes from secondary sources; we had no access to its full text.
-Deviations from it:
+What we know of the papers, their figures and appendices comes from secondary sources; we had no access to their full texts.
+Deviations from the first one:
 
 1) Without a GPU, the models are a shipped Llama of half a million parameters and the problems are generated, so that the
    effect shows within minutes. --preset paper has the paper's models and problems.
@@ -37,21 +39,22 @@ fine-tuning. (The paper's senior is a specialist already.) What a run leaves on 
 # ruff: noqa: I001  `lab` comes first: it sets how OpenMP threads wait, which torch reads when it is imported
 import lab  # noqa: F401
 import argparse
+import os
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from bitsandbytes.optim import PagedAdamW8bit
-from tqdm import tqdm
 
-from lab import figures, memory, models, parallel, runs, tiny
+from lab import figures, measures, memory, models, parallel, runs, tiny
 from lab import problems as tasks
 from lab.flags import available_devices, given_flags, name, number
 from lab.specialist import make_specialist
 from metrics import batch_statistics, count_handoffs, summarise
-from reinforce import completion_logprobs, micro_batches, token_weights
+from reinforce import clipped_objective, completion_logprobs, group_advantages, kl_estimate, micro_batches, outcome_weights, token_weights
 from reward import reward
 from rollout import Pair, Rollouts, join, random_numbers, rollout_in_chunks
 from tandem import SCHEDULES
@@ -70,6 +73,18 @@ def in_languages(pair: str) -> dict:
     senior, junior = pair.split("-")
     return {"senior_language": senior, "junior_language": junior}
 
+
+LONG = {"updates": 80, "eval_every": 8}
+GRPO = LONG | {"algorithm": "grpo"}
+RLVR = {
+    "algorithm": "grpo",
+    "updates": 60,
+    "eval_every": 12,
+    "specialist_steps": 0,
+    "handoff": "redraw",
+    "measures": True,
+    "eval_problems": 400,
+}
 
 # Every arm, with the flags in which it differs from the command line. Settings share arms: a run of an arm is stored once.
 ARMS: dict[str, dict] = {
@@ -90,6 +105,19 @@ ARMS: dict[str, dict] = {
     "de-fr-senior-only": in_languages("de-fr") | {"junior_weight": 0.0},
     # Appendix E. The best cell is chosen on validation problems and then confirmed on test problems, see confirm_sweep.
     **{f"c{c:g}-j{j:g}": {"wrong_weight": c, "junior_weight": j, "validation": True} for c in SWEEP_C for j in SWEEP_J},
+    # Pressure by the reward alone: GRPO does not score the junior's tokens (j = 0). REINFORCE is run as long for comparison.
+    "grpo-tandem": GRPO,
+    "grpo-shuffled": GRPO | {"rewards": "shuffled"},
+    "grpo-solo": GRPO | {"solo": True},
+    "reinforce-j1": LONG,
+    "reinforce-j0": LONG | {"junior_weight": 0.0},
+    **{f"{pair}-grpo-tandem": in_languages(pair) | GRPO for pair in ("de-fr", "en-de")},
+    # Tandem RL: senior and junior begin as the same model, and the rollouts are the only difference between the first two.
+    "rlvr-tandem": RLVR,
+    "rlvr-solo": RLVR | {"solo": True},
+    # Two controls: solo training that is held near the junior, and one that has as many rollouts as tandem training has writers.
+    "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.05},
+    "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch": 304},
 }
 SETTINGS: dict[str, list[str]] = {
     "skill": ["tandem", "solo"],
@@ -97,6 +125,9 @@ SETTINGS: dict[str, list[str]] = {
     "granularity": ["tandem" if schedule == "word" else schedule for schedule in SCHEDULES] + ["p-0.25", "p-0.75", "solo"],
     "control": ["tandem", "shuffled", "senior-only", "de-fr-tandem", "de-fr-shuffled", "de-fr-senior-only"],
     "sweep": [arm for arm, flags in ARMS.items() if "wrong_weight" in flags],
+    "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
+    "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
+    "rlvr": [arm for arm in ARMS if arm.startswith("rlvr")],
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--out", type=name, default="runs", help="folder to write to")
     group.add_argument("--resume", action="store_true", help="continue the runs in --out, and skip finished ones")
     group.add_argument("--device", choices=available_devices(), default=device, help="device to run the models on")
+    group.add_argument("--jobs", type=number(int, 1, 64), help="runs at a time on a CPU, one thread each (tiny: one per core)")
     group = parser.add_argument_group("models")
     group.add_argument("--senior", type=name, default="tiny", help="hub id or local folder; tiny is the shipped base")
     group.add_argument("--junior", type=name, default="tiny", help="the same; if it equals --senior, the weights are loaded once")
@@ -144,6 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-problems", type=count, default=200, help="held-out problems per evaluation")
     group.add_argument("--eval-every", type=count, default=4, help="updates between evaluations")
     group.add_argument("--evaluate", nargs="+", choices=WRITERS, default=list(WRITERS), help="whom to evaluate (the junior once)")
+    group.add_argument("--measures", action=switch, default=False, help="also evaluate robustness, legibility and drift (lab/measures.py)")
     group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
     group.add_argument("--senior-language", choices=tasks.LANGUAGES, default="en", help="language in which the senior is asked to answer")
     group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="language in which the junior is asked to answer")
@@ -154,13 +187,21 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--temperature", type=positive, default=0.7, help="temperature of sampling and of scoring")
     group.add_argument("--max-new-tokens", type=count, default=112, help="maximum length of a completion")
     group.add_argument("--batch", type=count, default=152, help="rollouts per update")
-    group.add_argument("--rollouts-per-prompt", type=count, default=2, help="rollouts per prompt")
+    group.add_argument("--rollouts-per-prompt", type=count, help="rollouts per prompt (default: 2, or 8 with GRPO, whose group they are)")
     group.add_argument("--rollout-batch", type=count, default=200, help="rollouts in memory at a time")
     group = parser.add_argument_group("update")
-    group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only; default 28, or 40 with two languages")
+    group.add_argument(
+        "--algorithm", choices=("reinforce", "grpo"), default="reinforce", help="weights of rollouts and loss, see reinforce.py"
+    )
+    group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only; default by arm: 28, 40, 60 or 80")
     group.add_argument("--lr", type=rate, default=1e-3, help="learning rate of AdamW")
-    group.add_argument("--wrong-weight", type=number(float, -1, 0), default=0.0, help="c, the weight of wrong rollouts")
-    group.add_argument("--junior-weight", type=number(float, 0, 1), default=1.0, help="j, the weight of the junior's tokens")
+    group.add_argument("--wrong-weight", type=number(float, -1, 0), default=0.0, help="c, the weight of wrong rollouts (REINFORCE)")
+    group.add_argument(
+        "--junior-weight", type=number(float, 0, 1), help="j, the weight of the junior's tokens (default: 1, or 0 with GRPO)"
+    )
+    group.add_argument("--inner-steps", type=number(int, 1, 100), default=1, help="optimizer steps per batch (GRPO)")
+    group.add_argument("--clip-ratio", type=number(float, 0, 1, above=True), default=0.2, help="e, the bound of the ratio (GRPO)")
+    group.add_argument("--kl", type=number(float, 0, 100), default=0.0, help="beta, the weight of the divergence from the junior (GRPO)")
     group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: permuted among the rollouts of a batch")
     group.add_argument("--clip", type=positive, default=1.0, help="maximum norm of the gradient")
     group.add_argument("--micro-tokens", type=count, default=8192, help="tokens per forward pass of the update, prompts included")
@@ -182,8 +223,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Checks beyond the range of a single flag, which its type has checked.
     if args.p in (0, 1):
         parser.error(f"--p {args.p:g}: one of the two models would never write. p = 1 is standard RL: choose an arm such as solo")
-    if args.batch % args.rollouts_per_prompt:
-        parser.error(f"--batch {args.batch} is not divisible by --rollouts-per-prompt {args.rollouts_per_prompt}")
     arms = arms_of(args.setting)
     unknown = sorted(set(args.arms or ()) - set(arms))
     if unknown:
@@ -191,18 +230,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     chosen = args.arms or arms
     if len(set(chosen)) < len(chosen):
         parser.error(f"--arms {' '.join(chosen)}: name every arm once")
+    if args.jobs is None:
+        # torch counts the cores, or what OMP_NUM_THREADS allows. Each job takes up to 1 GB.
+        cores = 1 if args.preset != "tiny" or args.device != "cpu" or "RANK" in os.environ else torch.get_num_threads()
+        args.jobs = min(cores, 4, len(runs_of(args)))
+    elif args.jobs > 1 and (args.device != "cpu" or "RANK" in os.environ):
+        parser.error(f"--jobs {args.jobs} is for runs on a CPU without torchrun: leave it out")
+    for run in runs_of(args):
+        check_run(run, parser, given_flags(parser, argv, args))
     # Problems and prompts of a whole run are made before it begins.
-    most = max((args.updates or 40) * args.batch, args.eval_problems, args.specialist_steps * args.specialist_batch)
+    most = max((args.updates or 80) * args.batch, args.eval_problems, args.specialist_steps * args.specialist_batch)
     if most >= 10**6:
         parser.error(f"{most} problems per run are too many: lower --updates, --batch, --eval-problems or --specialist-steps")
     given = given_flags(parser, argv, args)
-    useless = [flag for flag in given if all(flag in ARMS[arm] for arm in chosen)]
+    useless = [flag for flag in given if flag != "updates" and all(flag in ARMS[arm] for arm in chosen)]
     if "shots" in given and all(run.senior_language == run.junior_language for run in runs_of(args)):
         useless.append("shots")
     if useless:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in useless)
         parser.error(f"{flags}: no effect on {', '.join(chosen)}. Leave it out, or choose other --arms")
     return args
+
+
+GRPO_ONLY, REINFORCE_ONLY = ("inner_steps", "clip_ratio", "kl"), ("wrong_weight",)
+
+
+def check_run(run: argparse.Namespace, parser: argparse.ArgumentParser, given: list[str]) -> None:
+    """Exit with a message if the flags of a run contradict each other, or if one that was given belongs to the other algorithm."""
+    group = run.rollouts_per_prompt
+    if run.batch % group:
+        parser.error(f"--batch {run.batch} is not divisible by --rollouts-per-prompt {group} (arm {run.arm})")
+    if run.algorithm == "grpo" and group < 2:
+        parser.error(f"--rollouts-per-prompt {group}: GRPO compares the rollouts of a prompt, so it needs two or more (arm {run.arm})")
+    for flag in REINFORCE_ONLY if run.algorithm == "grpo" else GRPO_ONLY:
+        if flag in given:
+            parser.error(f"--{flag.replace('_', '-')} does not apply to --algorithm {run.algorithm} (arm {run.arm}): leave it out")
 
 
 def arms_of(setting: str) -> list[str]:
@@ -220,9 +282,16 @@ def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
 def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **flags) -> argparse.Namespace:
     """The flags of one run: the command line, overridden by those of its arm."""
     run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | flags | {"arm": arm, "seed": seed})
-    if run.updates is None:
+    # The length of a run is a default of its arm: --updates replaces it.
+    if args.updates is not None:
+        run.updates = args.updates
+    elif run.updates is None:
         # Changing the language takes longer than dropping the jargon.
         run.updates = 28 if run.senior_language == run.junior_language else 40
+    if run.rollouts_per_prompt is None:
+        run.rollouts_per_prompt = 8 if run.algorithm == "grpo" else 2
+    if run.junior_weight is None:
+        run.junior_weight = 0.0 if run.algorithm == "grpo" else 1.0
     return run
 
 
@@ -234,6 +303,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
     """One run of one arm and seed. Leaves the files that lab/runs.py describes, and continues them with --resume."""
     problems, held_out = tasks.load_problems(args)
     make_specialist(args, pair)
+    parallel.begin_run()
     senior, parameters = pair.senior, models.trainable_parameters(pair.senior)
     # Open in paper: the optimizer. We use AdamW without weight decay, a constant learning rate and gradient clipping.
     optimizer = (PagedAdamW8bit if args.eight_bit_adam else torch.optim.AdamW)(parameters, lr=args.lr, weight_decay=0.0)
@@ -246,8 +316,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         last_update = 0
         finish_update({"update": 0}, args, pair, optimizer, held_out)
 
-    progress = dict(desc=f"{args.arm} seed {args.seed}", unit="update", disable=not parallel.is_main())
-    for update in tqdm(range(last_update + 1, args.updates + 1), **progress):
+    for update in parallel.progress(range(last_update + 1, args.updates + 1), f"{args.arm} seed {args.seed}", unit="update"):
         started = time.time()
         # 1. The next problems; load_problems gives enough for all updates. Each gets several rollouts, as in the paper.
         n = args.batch // args.rollouts_per_prompt
@@ -263,20 +332,35 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
             # The control in which a reward says nothing about its rollout. The row above reports the true rewards.
             order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(args.seed * 10**6 + update))
             rewards = rewards[order.to(args.device)]
-        # 4. Weights (B, C): 1 for tokens of right rollouts and c for those of wrong ones, times j for the junior's tokens.
-        weights = token_weights(rollouts, rewards, args.wrong_weight, args.junior_weight)
-        # 5. Loss: minus equation (1) of reinforce.py, as a sum over micro-batches of the rollouts that have a weight.
+        # 4. Weights (B, C). REINFORCE: 1 for tokens of right rollouts and c for those of wrong ones. GRPO: the advantage within
+        # the group. Both times j for the tokens of the junior.
+        grpo = args.algorithm == "grpo"
+        w = group_advantages(rewards, args.rollouts_per_prompt) if grpo else outcome_weights(rewards, args.wrong_weight)  # (B,)
+        weights = token_weights(rollouts, w, args.junior_weight)
         # Open in paper: the normalisation. We divide by the number of completion tokens of the whole batch, right or wrong.
-        num_tokens, loss = rollouts.completion_mask.sum(), 0.0
-        parts = micro_batches(rollouts, weights, args.micro_tokens)
-        for part, part_weights in parts[parallel.process_index() :: parallel.world_size()]:  # each process takes its share
-            logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
-            part_loss = -(part_weights * logprobs).sum() / num_tokens
-            part_loss.backward()
-            loss += part_loss.item()
-        # 6. One step. If all weights are zero, there is nothing to learn from, and the senior stays as it is.
+        num_tokens = rollouts.completion_mask.sum()
+        parts = micro_batches(rollouts, weights, args.micro_tokens, keep_all=args.kl > 0)
         row |= {"loss": None, "grad_norm": None}
-        if parts:
+        # If all weights are zero, there is nothing to learn from, and the senior stays as it is.
+        for inner_step in range(args.inner_steps if parts else 0):
+            loss = 0.0
+            for part, part_weights in parts[parallel.process_index() :: parallel.world_size()]:  # each process takes its share
+                # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts that have a weight.
+                logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
+                objective = part_weights * logprobs  # (b, C)
+                if grpo:
+                    if inner_step == 0:
+                        # The senior is still the one that wrote the rollouts.
+                        part.logprobs = logprobs.detach()
+                    objective = clipped_objective(logprobs, part.logprobs, part_weights, args.clip_ratio)
+                    if args.kl:
+                        with torch.no_grad():
+                            junior_logprobs = completion_logprobs(pair.junior, part.as_read_by_junior(), args.temperature)
+                        objective = objective - args.kl * part.senior_mask * kl_estimate(logprobs, junior_logprobs)
+                part_loss = -objective.sum() / num_tokens
+                part_loss.backward()
+                loss += part_loss.item()
+            # 6. One step.
             row["loss"] = parallel.sum_gradients(parameters, loss)
             row["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
             runs.check_divergence(row, args, vocab_size=len(pair.pieces))
@@ -286,19 +370,28 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         finish_update(row, args, pair, optimizer, held_out)
 
 
-def generate(problems: list[tasks.Problem], args: argparse.Namespace, pair: Pair, p: float, seed: int) -> Rollouts:
+def generate(
+    problems: list[tasks.Problem], args: argparse.Namespace, pair: Pair, p: float, seed: int, schedule="", alternate=False
+) -> Rollouts:
     """One rollout per problem. The same seed gives the same rollouts.
+
+    schedule: another one than --handoff. alternate: senior and junior take turns, the senior first, instead of tossing coins.
 
     Seeds are seed * 10**6 + update in training and 10**9 + seed in evaluations, so that the batches of a run never share
     their random numbers with each other or with its evaluations (--seed is at most 499 for that reason).
     """
     # Random numbers belong to rows of the whole batch, so the rollouts do not depend on the number of processes.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
+    if alternate:
+        # The k-th toss of a rollout uses coin k, and coins below p = 0.5 name the senior.
+        coins = (torch.arange(args.max_new_tokens) % 2).float()[:, None].expand(-1, len(problems))
     rows = parallel.share(list(range(len(problems))))
     texts = tasks.prompts_of_pair([problems[row] for row in rows], args, pair.junior_tokenizer)
     tokenizers = pair.senior_tokenizer, pair.junior_tokenizer
     prompts = [models.encode_prompts(tokenizer, asked, args.device) for tokenizer, asked in zip(tokenizers, texts)]
-    options = dict(max_rows=args.rollout_batch, truncate_at=tasks.STOP, schedule=args.handoff, p=p, temperature=args.temperature)
+    options = dict(
+        max_rows=args.rollout_batch, truncate_at=tasks.STOP, schedule=schedule or args.handoff, p=p, temperature=args.temperature
+    )
     mine = rollout_in_chunks(pair, *prompts, noise[:, :, rows], coins[:, rows], **options)
     return join(parallel.gather(mine.to("cpu"))).to(args.device)
 
@@ -324,7 +417,7 @@ def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, he
         started = time.time()
         row["eval"] = evaluate(row["update"], args, pair, held_out)
         row["seconds_eval"] = time.time() - started
-    runs.log_row(row)
+    runs.log_row(row, args.arm)
     runs.append_rows(runs.run_folder(args) / "metrics.jsonl", [row])
     runs.save_checkpoint(runs.run_folder(args), row["update"], pair.senior, optimizer)
 
@@ -355,13 +448,16 @@ def evaluate(update: int, args: argparse.Namespace, pair: Pair, problems: list[t
         spans = rollouts.author_spans(pair.pieces)
         if who == "tandem":
             results[who] |= count_handoffs(spans)
-            runs.log_rollout(spans[0])
+            runs.log_rollout(spans[0], args.arm)
         samples = [
             {"update": update, "who": who, "question": problem.question, "gold": problem.gold}
             | {"reward": reward(rollouts.texts[i], problem.gold), "spans": spans[i]}
             for i, problem in enumerate(problems[:SAMPLES])
         ]
         runs.append_rows(runs.run_folder(args) / "samples.jsonl", samples)
+        if args.measures and who == "senior":
+            measured = measures.measure(rollouts, update, problems, args, pair, generate)
+            runs.append_rows(runs.run_folder(args) / "measures.jsonl", [measured])
     return results
 
 
@@ -379,29 +475,50 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as locks:
         try:
             # Check tokenizers, problems, memory and folders before anything slow.
-            names = [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
+            names = checkpoints(args)
             # Which base this is goes into config.json; --resume insists on the same one.
             args.base = tiny.identity(names[0])
             tokenizers = models.load_tokenizers(*names)
             args.device = parallel.start(args.device)
             args.rollout_batch, args.micro_tokens = memory.fit_to_memory(args, *names, runs_of(args), tokenizers)
             locks.enter_context(runs.locked(runs_of(args)))
-            pair = models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
+            # With several jobs, each process loads the pair for itself.
+            train_one = partial(train, pair=load_pair(args)) if args.jobs == 1 else train_in_own_process
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
-        diverged = runs.run_all(runs_of(args), lambda run: train(run, pair))
+        diverged = runs.run_all(runs_of(args), train_one, args.jobs)
         parallel.barrier()
         if args.setting in ("sweep", "all") and not args.arms:
             confirmations = confirm_sweep(args)
             locks.enter_context(runs.locked(confirmations))
-            diverged += runs.run_all(confirmations, lambda run: train(run, pair))
+            diverged += runs.run_all(confirmations, train_one, args.jobs)
     if parallel.is_main():
         for setting in SETTINGS if args.setting == "all" else [args.setting]:
             figures.draw(Path(args.out), setting, SETTINGS[setting])
     print(f"finished after {(time.time() - started) / 60:.1f} minutes")
     if diverged:
         sys.exit("\n".join(diverged))
+
+
+def checkpoints(args: argparse.Namespace) -> list[str]:
+    """The hub ids or folders of senior and junior."""
+    return [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
+
+
+def load_pair(args: argparse.Namespace) -> Pair:
+    options = dict(rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
+    return models.load_pair(*checkpoints(args), **options)
+
+
+# The pair of a process of --jobs, loaded for its first run and used for all.
+_own_pair: list[Pair] = []
+
+
+def train_in_own_process(args: argparse.Namespace) -> None:
+    if not _own_pair:
+        _own_pair.append(load_pair(args))
+    train(args, _own_pair[0])
 
 
 def confirm_sweep(args: argparse.Namespace) -> list[argparse.Namespace]:

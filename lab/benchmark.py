@@ -239,6 +239,8 @@ def random_rollouts(rows: int, prompt: int, new: int, vocab_size: int, device: s
     return Rollouts(
         prompt_ids=ids[:, :prompt],
         prompt_mask=ones[:, :prompt],
+        junior_prompt_ids=ids[:, :prompt],
+        junior_prompt_mask=ones[:, :prompt],
         completion_ids=ids[:, prompt:],
         completion_mask=ones[:, prompt:],
         senior_mask=ones[:, prompt:],

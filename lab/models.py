@@ -229,20 +229,27 @@ class SharedJunior:
             out[: len(adapted)] += up(down(adapted.to(down.weight.dtype))) * layer.scaling["default"]
         return out
 
-    def _run(self, adapted_fraction: float, **inputs):
+    def _run(self, model, adapted_fraction: float, **inputs):
         self.adapted_fraction = adapted_fraction
         try:
-            return self.senior.get_base_model()(**inputs)
+            return model(**inputs)
         finally:
             self.adapted_fraction = 1.0
 
     def __call__(self, **inputs):
         """The junior alone: the adapter applies to no row."""
-        return self._run(0.0, **inputs)
+        return self._run(self.senior.get_base_model(), 0.0, **inputs)
+
+    def base_model(self, **inputs):
+        """The junior below its output layer, as reinforce.completion_logprobs needs it."""
+        return self._run(self.senior.get_base_model().base_model, 0.0, **inputs)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.senior.get_base_model().get_output_embeddings()
 
     def beside_senior(self, **inputs):
         """One forward pass for both: the first half of the rows is the senior's, the second half the junior's."""
-        return self._run(0.5, **inputs)
+        return self._run(self.senior.get_base_model(), 0.5, **inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

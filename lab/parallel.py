@@ -1,19 +1,88 @@
-"""Data parallelism: one run on several processes.  torchrun --nproc-per-node N run_gsm8k.py --setting ...
+"""Several processes: one per run on the cores of a CPU (--jobs), or all for one run on several GPUs (torchrun).
 
-Every process holds both models. It writes a share of the rollouts and computes a share of the gradient. The shares are
-then combined, so that all processes see the same rollouts and take the same step. The random numbers of a rollout belong
-to its row (rollout.py), so it does not matter which process writes it. Only the first process writes files and prints to
-stdout; all of them need a shared file system. With one process these functions return their input unchanged.
+Side by side: a model as small as the tiny pair gains hardly anything from a second thread, so on a CPU each run gets a
+process with a single thread, and several runs are made at the same time. The files of a run do not depend on it.
+
+Data parallelism: torchrun --nproc-per-node N run_gsm8k.py --setting ... Every process holds both models. It writes a share
+of the rollouts and computes a share of the gradient. The shares are then combined, so that all processes see the same
+rollouts and take the same step. The random numbers of a rollout belong to its row (rollout.py), so it does not matter which
+process writes it. Only the first process writes files and prints to stdout; all of them need a shared file system. With one
+process these functions return their input unchanged.
 
 Models that are split over several devices are not supported.
 """
 
 import atexit
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs side by side
+
+
+def for_each(function: Callable, items: list, jobs: int) -> Iterator:
+    """Yield function(item) for every item: in this process, or in `jobs` processes and in the order in which they finish.
+
+    Raises BrokenProcessPool if a process was killed, for instance for want of memory.
+    """
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    # Spawned rather than forked: a fork of a process whose OpenMP threads have started can wait for them forever.
+    context = multiprocessing.get_context("spawn")
+    lines = context.SimpleQueue()
+    for line in range(jobs):
+        lines.put(line)
+    with ProcessPoolExecutor(jobs, context, _start_worker, (context.RLock(), lines)) as workers:
+        for future in as_completed([workers.submit(function, item) for item in items]):
+            yield future.result()
+
+
+# The line of the terminal on which this process draws its progress bar.
+_line = 0
+
+
+def _start_worker(lock, lines) -> None:
+    global _line
+    _line = lines.get()
+    tqdm.set_lock(lock)
+    # A run may be interrupted at any moment (lab/runs.py), so Ctrl-C, or the end of the parent process, ends it at once.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def begin_run() -> None:
+    """From here on, a process of --jobs has a single thread.
+
+    Before that, while the specialist of its first run is made, it may use all cores: the other processes wait for the
+    same specialist.
+    """
+    if multiprocessing.parent_process():
+        torch.set_num_threads(1)
+
+
+def progress(items, label: str, unit: str) -> Iterator:
+    """tqdm's progress bar over the items, in the first process of a run only."""
+    return tqdm(items, desc=label, unit=unit, position=_line, disable=not is_main())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data parallelism
 
 
 def start(device: str) -> str:

@@ -26,7 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
@@ -44,7 +46,8 @@ if os.name == "posix":
 
 # Flags that may differ between a run and its --resume: what else to run and how long, where, and what is in memory at a
 # time, which changes results by rounding only.
-MAY_CHANGE = {"setting", "arms", "seeds", "updates", "resume", "out", "device", "memory", "rollout_batch", "micro_tokens", "checkpointing"}
+MAY_CHANGE = {"setting", "arms", "seeds", "updates", "resume", "out", "jobs", "device"}
+MAY_CHANGE |= {"memory", "rollout_batch", "micro_tokens", "checkpointing"}
 # Files that are replaced as a whole, each by way of a draft next to it, such as state.pt.1234.
 REPLACED = {"config.json", "state.pt", "stopped.txt", "adapter.pt"}
 
@@ -129,6 +132,23 @@ def lock(file, folder: Path) -> None:
         raise Refused(f"{folder} is being written by another process: wait until it has ended, or choose another --out") from error
     except OSError:
         pass
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the same folder. Without locks this does nothing."""
+    if os.name != "posix" or not parallel.is_main():
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_folder(args: argparse.Namespace) -> None:
@@ -279,7 +299,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Several runs, one after the other
+# Several runs
 
 
 class Diverged(Exception):
@@ -303,23 +323,30 @@ def check_divergence(row: dict, args: argparse.Namespace, vocab_size: int) -> No
         raise Diverged(f"update {row['update']}: {reason}. {kept}. {remedy}")
 
 
-def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace], None]) -> list[str]:
-    """Train every run that is not finished, and say how long the rest will take. Returns the messages of all diverged runs."""
+def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace], None], jobs: int = 1) -> list[str]:
+    """Train every run that is not finished, `jobs` at a time. Returns the messages of all diverged runs."""
     todo, started = [args for args in runs if not is_finished(args)], time.time()
-    for done, args in enumerate(todo, 1):
-        try:
-            train(args)
-        except (Diverged, FloatingPointError) as error:
-            rows = read_rows(run_folder(args) / "metrics.jsonl")
-            when = f"after update {rows[-1]['update']}" if rows else "before the first evaluation"
-            reason = f"{run_folder(args)}, {when}: {error}"
-            print(reason)
-            if parallel.is_main():
-                replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
-        minutes = (time.time() - started) / done * (len(todo) - done) / 60
-        print(f"{done} of {len(todo)} runs finished, about {minutes:.0f} minutes left\n")
+    try:
+        for done, _ in enumerate(parallel.for_each(partial(run_to_end, train), todo, max(1, min(jobs, len(todo)))), 1):
+            minutes = (time.time() - started) / done * (len(todo) - done) / 60
+            print(f"{done} of {len(todo)} runs finished, about {minutes:.0f} minutes left\n")
+    except BrokenProcessPool as error:
+        raise Refused("a process of --jobs was killed, perhaps for want of memory: continue with --resume and fewer --jobs") from error
     reasons = [run_folder(args) / "stopped.txt" for args in runs]
     return [path.read_text().strip() for path in reasons if path.is_file()]
+
+
+def run_to_end(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """One run. If its training diverges, stopped.txt says why, and the other runs go on."""
+    try:
+        train(args)
+    except (Diverged, FloatingPointError) as error:
+        rows = read_rows(run_folder(args) / "metrics.jsonl")
+        when = f"after update {rows[-1]['update']}" if rows else "before the first evaluation"
+        reason = f"{run_folder(args)}, {when}: {error}"
+        print(reason)
+        if parallel.is_main():
+            replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,9 +365,9 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(130)
 
 
-def log_row(row: dict) -> None:
+def log_row(row: dict, arm: str) -> None:
     """One line per update."""
-    line = f"{row['update']:6d}  "
+    line = f"{arm} {row['update']:4d}  "
     if "reward" in row:
         # Update 0 has no rollouts, only an evaluation.
         line += f"reward {row['reward']:.2f}  senior's share {row['senior_share']:4.0%}  handoffs {row['handoffs']:4.1f}  "
@@ -352,8 +379,8 @@ def log_row(row: dict) -> None:
     tqdm.write(line)
 
 
-def log_rollout(spans: list[tuple[str, str]]) -> None:
+def log_rollout(spans: list[tuple[str, str]], arm: str) -> None:
     """One rollout on one line, the junior's words underlined on a terminal and in [brackets] elsewhere."""
     opening, closing = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     text = "".join(text if author == "senior" else f"{opening}{text}{closing}" for author, text in spans)
-    tqdm.write(f"         {text}".replace("\n", " ⏎ "))
+    tqdm.write(f"{arm}       {text}".replace("\n", " ⏎ "))

@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lab import models, parallel, runs
 from lab import problems as tasks
@@ -39,6 +38,13 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
     # With --validation, a tenth of GSM8K is kept out of the specialist's training too.
     name = f"{language}-validation" if args.validation and not generated else language
     path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
+    # Runs side by side may need the same one: the first makes it, and the others wait.
+    with runs.one_at_a_time(path.parent):
+        load_or_fine_tune(args, pair, language, path)
+
+
+def load_or_fine_tune(args: argparse.Namespace, pair: Pair, language: str, path: Path) -> None:
+    """Load the specialist kept at `path`, or make it and keep it there."""
     texts = annotated_solutions(args, language)
     # A specialist that was taught other texts, because a flag or this file has changed, is made anew.
     flags = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": hashlib.sha256(repr(texts).encode()).hexdigest()}
@@ -48,10 +54,10 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
         return
 
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
-    options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {name} seed {args.seed}")
+    options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {path.parts[-3]} seed {args.seed}")
     fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
     if parallel.is_main():
-        # Several runs may make one specialist at the same time, but only this one writes to its run folder.
+        # Where there are no locks, several runs may make one specialist at the same time, each with a draft of its own.
         runs.save_tensors({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path, draft_folder=runs.run_folder(args))
 
 
@@ -82,7 +88,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     optimizer.zero_grad()
     batches: list[list] = []
-    for step in tqdm(range(steps), desc=label, unit="step", disable=not parallel.is_main()):
+    for step in parallel.progress(range(steps), label, unit="step"):
         if not batches:
             batches = batches_of_similar_length(examples, batch, rng)
         worked = as_rollouts(tokenizer, batches.pop(), model.device)
@@ -112,8 +118,8 @@ def as_rollouts(tokenizer, examples: list[tuple[list[int], list[int]]], device: 
     """(prompt, solution) ids as a batch of rollouts that the senior wrote alone."""
     prompts, solutions = zip(*examples)
     ids, mask = models.pad(solutions, tokenizer, "right", device)
-    prompt_ids, prompt_mask = models.pad(prompts, tokenizer, "left", device)
-    return Rollouts(prompt_ids, prompt_mask, ids, mask, senior_mask=mask, logprobs=torch.zeros_like(mask), texts=[""] * len(ids))
+    asked = models.pad(prompts, tokenizer, "left", device)
+    return Rollouts(*asked, *asked, ids, mask, senior_mask=mask, logprobs=torch.zeros_like(mask), texts=[""] * len(ids))
 
 
 def batches_of_similar_length(examples: list, batch: int, rng: random.Random) -> list[list]:

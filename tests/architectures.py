@@ -87,7 +87,7 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     for row, text in enumerate(texts):
         if not tokens_are_those_of_plain_passes(pair, rollouts, row, tokenizer(text).input_ids, noise[:, :, row]):
             return "WRONG: rollouts differ from plain forward passes"
-    weights = token_weights(rollouts, torch.ones(3), 0.0, 1.0)
+    weights = token_weights(rollouts, torch.ones(3), 1.0)
     gradients = []
     for fast in (True, False):
         pair.senior.zero_grad()

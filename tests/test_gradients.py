@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from reinforce import token_weights
+from reinforce import clipped_objective, group_advantages, outcome_weights, token_weights
 from rollout import Rollouts
 from tandem import Handoff, build_tables
 
@@ -64,8 +64,8 @@ def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: 
     (exact,) = torch.autograd.grad((probability * rewards).sum(), theta, retain_graph=True)
 
     ones, n = torch.ones_like(tokens), len(tokens)
-    rollouts = Rollouts(ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
-    weights = token_weights(rollouts, rewards, wrong_weight, junior_weight).double()
+    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
+    weights = token_weights(rollouts, outcome_weights(rewards, wrong_weight), junior_weight).double()
     terms = (weights * logprobs + thrown_too * rewards[:, None] * thrown).sum(1)
     (estimate,) = torch.autograd.grad((probability.detach() * terms).sum(), theta)
     return exact.flatten(), estimate.flatten()
@@ -108,6 +108,56 @@ def test_p_1_is_plain_reinforce(schedule, junior_weight):
     exact, estimate = gradients(schedule, junior_weight, p=1.0)
     assert exact.norm() > 0.01
     assert (exact - estimate).abs().max() < 1e-10
+
+
+def grpo_gradients(schedule: str, p: float, group_size: int = 2):
+    """(gradient of the group's expected sum of advantages by its definition, expectation of the GRPO estimate).
+
+    All groups of two paths would be 34 million, so the paths of a group are enumerated by what they share: given its own
+    path, a rollout's expected advantage depends only on the probability q that another rollout of the group is right.
+    With two rollouts the advantage is a = 0.5 / (sqrt(1/2) + 1e-6) if only this one is right, -a if only the other
+    is, and else 0. So the expected weight is a * (1 - q) for a right and -a * q for a wrong rollout.
+    """
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(13, V, dtype=torch.float64, generator=generator, requires_grad=True)
+    phi = torch.randn(13, V, dtype=torch.float64, generator=generator)
+    right = (torch.rand(40, generator=generator) < 0.4).double()
+    probability, tokens, by_senior, logprobs, _ = walk(schedule, theta, phi, p)
+    rewards = right[history(tokens)]
+    q = (probability.detach() * rewards).sum()
+    ones, n = torch.ones_like(tokens), len(tokens)
+    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
+
+    # Our functions on every kind of group: the advantage of the first rollout, with a partner that is right or wrong.
+    with_right, with_wrong = (
+        group_advantages(torch.stack([rewards, torch.full_like(rewards, partner)], 1).flatten(), group_size)[::2] for partner in (1.0, 0.0)
+    )
+    advantages = q * with_right + (1 - q) * with_wrong
+    weights = token_weights(rollouts, advantages, junior_weight=0.0).double()
+    terms = clipped_objective(logprobs, logprobs.detach(), weights, clip_ratio=0.2).sum(1)
+    (estimate,) = torch.autograd.grad((probability.detach() * terms).sum(), theta, retain_graph=True)
+
+    # The definition. E[A] = a * (r (1 - q) - (1 - r) q) = a * (r - q), and the expected score is 0: a times the policy gradient.
+    a = 0.5 / (0.5**0.5 + 1e-6)
+    (exact,) = torch.autograd.grad(a * (probability * rewards).sum(), theta)
+    return exact.flatten(), estimate.flatten()
+
+
+@pytest.mark.parametrize("schedule", ["token", "redraw"])
+@pytest.mark.parametrize("p", [0.5, 0.8])
+def test_grpo_in_groups_of_two_is_the_policy_gradient(schedule, p):
+    """With two rollouts per problem the standard deviation is the same whenever the advantages are not 0, so that GRPO is exact."""
+    exact, estimate = grpo_gradients(schedule, p)
+    assert exact.norm() > 0.01
+    assert (exact - estimate).abs().max() < 1e-10
+
+
+def test_grpo_at_p_1_is_plain_grpo_and_at_p_0_teaches_nothing():
+    exact, estimate = grpo_gradients("word", p=1.0)
+    assert exact.norm() > 0.01
+    assert (exact - estimate).abs().max() < 1e-10
+    exact, estimate = grpo_gradients("word", p=0.0)
+    assert estimate.abs().max() == 0
 
 
 def test_p_0_without_the_juniors_tokens_teaches_nothing():

@@ -7,7 +7,17 @@ import torch
 
 import reinforce
 from conftest import llama
-from reinforce import completion_logprobs, micro_batches, plain_loss, select, token_weights
+from reinforce import (
+    clipped_objective,
+    completion_logprobs,
+    group_advantages,
+    kl_estimate,
+    micro_batches,
+    outcome_weights,
+    plain_loss,
+    select,
+    token_weights,
+)
 from rollout import Rollouts
 
 
@@ -19,7 +29,8 @@ def make_rollouts(vocab: int, seed: int = 0) -> Rollouts:
     prompt_mask = (torch.arange(6) >= torch.tensor([[5], [3], [4], [1], [2]])).long()
     completion_mask = (torch.arange(9) < torch.tensor([[2], [7], [4], [3], [5]])).long()
     senior_mask = torch.randint(0, 2, (5, 9), generator=generator) * completion_mask
-    return Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), list("01234"))
+    prompts = prompt_ids, prompt_mask, prompt_ids[:, 1:], prompt_mask[:, 1:]
+    return Rollouts(*prompts, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), list("01234"))
 
 
 def gradients(model, rollouts, weights, temperature=0.7, micro_tokens=1000):
@@ -40,28 +51,30 @@ def test_weights_by_hand():
     rollouts = Rollouts(
         rollouts.prompt_ids[:2],
         rollouts.prompt_mask[:2],
+        rollouts.prompt_ids[:2],
+        rollouts.prompt_mask[:2],
         torch.tensor([[3, 4, 1], [5, 1, 0]]),
         torch.tensor([[1, 1, 1], [1, 1, 0]]),
         torch.tensor([[1, 0, 1], [0, 1, 0]]),
         torch.zeros(2, 3),
         ["", ""],
     )
-    weights = token_weights(rollouts, torch.tensor([1.0, 0.0]), wrong_weight=-0.4, junior_weight=0.3)
+    weights = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0.0]), -0.4), junior_weight=0.3)
     assert torch.allclose(weights, torch.tensor([[1, 0.3, 1], [-0.12, -0.4, 0]]))
-    main = token_weights(rollouts, torch.tensor([1.0, 0.0]), wrong_weight=0.0, junior_weight=1.0)
+    main = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0.0]), 0.0), junior_weight=1.0)
     assert main.tolist() == [[1, 1, 1], [0, 0, 0]]
-    with pytest.raises(ValueError, match=r"one reward per rollout, shape \(2,\), got shape \(3,\)"):
-        token_weights(rollouts, torch.ones(3), 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"one weight per rollout, shape \(2,\), got shape \(3,\)"):
+        token_weights(rollouts, outcome_weights(torch.ones(3), 0.0), 1.0)
 
 
 def test_partial_credit_is_not_rounded():
     """r = 0.25 and c = -0.4: w = 0.25 - 0.4 * 0.75 = -0.05 for the senior's tokens. Rewards beyond [0, 1] are refused."""
     rollouts = make_rollouts(9)
-    weights = token_weights(rollouts, torch.full((5,), 0.25), wrong_weight=-0.4, junior_weight=0.0)
+    weights = token_weights(rollouts, outcome_weights(torch.full((5,), 0.25), wrong_weight=-0.4), junior_weight=0.0)
     assert torch.allclose(weights, -0.05 * rollouts.senior_mask)
     for bad in (1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"rewards must lie in \[0, 1\]"):
-            token_weights(rollouts, torch.full((5,), bad), 0.0, 1.0)
+            outcome_weights(torch.full((5,), bad), 0.0)
 
 
 def test_loss_by_hand():
@@ -78,7 +91,7 @@ def test_loss_by_hand():
 def test_fast_and_plain_loss_are_equal(make_model, tokenizer, micro_tokens):
     """The three plain lines with all logits, and log-probabilities by parts: the same loss and gradient."""
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
+    weights = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0, 1, 0, 1]), -0.3), 0.5).double()
     loss, gradient = gradients(model, rollouts, weights, micro_tokens=micro_tokens)
     model.zero_grad()
     plain = plain_loss(model, rollouts, weights, 0.7)
@@ -92,7 +105,7 @@ def test_fast_and_plain_loss_are_equal(make_model, tokenizer, micro_tokens):
 def test_a_frozen_output_layer_against_autograd(tokenizer, at_once, monkeypatch):
     """One token at a time, a few (V is some hundreds), or all: the loss and gradients that autograd finds with all logits."""
     model, rollouts = llama(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
+    weights = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0, 1, 0, 1]), -0.3), 0.5).double()
     loss, gradient = gradients(model, rollouts, weights)
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "lm_head" not in name}
     monkeypatch.setattr(reinforce, "LOGITS_AT_ONCE", at_once)
@@ -127,7 +140,7 @@ def test_micro_batches_change_nothing(make_model, tokenizer, micro_tokens, parts
     within 30: three rows of 5+4, two of 4+7.
     """
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), -0.3, 0.5).double()
+    weights = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0, 1, 0, 1]), -0.3), 0.5).double()
     loss, gradient = gradients(model, rollouts, weights)
     named = [few.texts for few, _ in micro_batches(rollouts, weights, micro_tokens)]
     assert len(named) == parts
@@ -141,25 +154,27 @@ def test_padding_and_order_change_nothing(make_model, tokenizer):
     """Four more columns of padding on either side, other ids in it, rows reversed: the same gradient."""
     model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
     rewards = torch.tensor([1.0, 0, 1, 0, 1])
-    _, gradient = gradients(model, rollouts, token_weights(rollouts, rewards, -0.3, 0.5).double())
+    _, gradient = gradients(model, rollouts, token_weights(rollouts, outcome_weights(rewards, -0.3), 0.5).double())
     more, zero = torch.full((5, 4), 7), torch.zeros(5, 4, dtype=torch.long)
     wide = Rollouts(
         torch.cat([more, rollouts.prompt_ids], 1).flip(0),
         torch.cat([zero, rollouts.prompt_mask], 1).flip(0),
+        rollouts.junior_prompt_ids.flip(0),
+        rollouts.junior_prompt_mask.flip(0),
         torch.cat([rollouts.completion_ids, more], 1).flip(0),
         torch.cat([rollouts.completion_mask, zero], 1).flip(0),
         torch.cat([rollouts.senior_mask, zero], 1).flip(0),
         torch.zeros(5, 13),
         [""] * 5,
     )
-    _, other = gradients(model, wide, token_weights(wide, rewards.flip(0), -0.3, 0.5).double())
+    _, other = gradients(model, wide, token_weights(wide, outcome_weights(rewards.flip(0), -0.3), 0.5).double())
     assert torch.allclose(gradient, other, atol=1e-10)
 
 
 def test_wrong_rollouts_count_in_the_mean_but_are_not_run(tokenizer):
     """With c = 0 the gradient is that of the right rollouts alone, divided by the tokens of all: 21, not 11."""
     model, rollouts = llama(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    weights = token_weights(rollouts, torch.tensor([1.0, 0, 1, 0, 1]), 0.0, 1.0).double()
+    weights = token_weights(rollouts, outcome_weights(torch.tensor([1.0, 0, 1, 0, 1]), 0.0), 1.0).double()
     _, gradient = gradients(model, rollouts, weights)
     few = select(rollouts, torch.tensor([0, 2, 4]))
     _, alone = gradients(model, few, few.completion_mask.double())
@@ -170,7 +185,10 @@ def test_nothing_to_learn_from(tokenizer):
     """p = 0 with j = 0, or a batch without a right rollout: nothing to run, rather than 0/0."""
     rollouts = make_rollouts(len(tokenizer))
     rollouts.senior_mask.zero_()
-    for weights in (token_weights(rollouts, torch.ones(5), 0.0, 0.0), token_weights(rollouts, torch.zeros(5), 0.0, 1.0)):
+    for weights in (
+        token_weights(rollouts, outcome_weights(torch.ones(5), 0.0), 0.0),
+        token_weights(rollouts, outcome_weights(torch.zeros(5), 0.0), 1.0),
+    ):
         assert micro_batches(rollouts, weights, 2) == []
 
 
@@ -179,3 +197,79 @@ def test_inputs_are_not_modified(tokenizer):
     gradients(model, rollouts, rollouts.completion_mask.float(), micro_tokens=2)
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "senior_mask"):
         assert torch.equal(getattr(rollouts, name), getattr(copy, name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def test_group_advantages_by_hand():
+    """1 of 8 right: mean 1/8, unbiased standard deviation sqrt(1/8) = 0.35355, so (7/8) / 0.35355 = 2.4749 and -0.3536."""
+    one_of_8 = torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0])
+    advantages = group_advantages(torch.cat([one_of_8, torch.ones(8), torch.zeros(8)]), 8)
+    assert advantages[3].item() == pytest.approx(2.4749, abs=1e-4)
+    assert advantages[0].item() == pytest.approx(-0.3536, abs=1e-4)
+    assert advantages[:8].sum().item() == pytest.approx(0, abs=1e-5)
+    assert advantages[8:].tolist() == [0] * 16  # nothing to prefer, and no 0 / 0
+    with pytest.raises(ValueError, match="8 rewards in groups of 1: a group is two or more"):
+        group_advantages(one_of_8, 1)
+    with pytest.raises(ValueError, match="8 rewards in groups of 3"):
+        group_advantages(one_of_8, 3)
+
+
+def test_groups_are_neighbours():
+    """Two problems with two rollouts each, in the order of the runner: each pair is compared with itself only."""
+    a = 0.5 / (0.5**0.5 + 1e-6)
+    assert torch.allclose(group_advantages(torch.tensor([1.0, 0, 1, 1]), 2), torch.tensor([a, -a, 0, 0]))
+
+
+def test_clipped_objective_by_hand():
+    """e = 0.2. Ratios 1.5 and 0.5 with A = 1: min(1.5, 1.2) = 1.2 and min(0.5, 0.8) = 0.5. With A = -2: min(-3, -2.4) = -3
+    and min(-1, -1.6) = -1.6. Where the minimum is the clipped term, nothing is learned."""
+    old, ratios = torch.zeros(4), torch.tensor([1.5, 0.5, 1.5, 0.5])
+    logprobs = ratios.log().requires_grad_()
+    objective = clipped_objective(logprobs, old, torch.tensor([1.0, 1, -2, -2]), 0.2)
+    assert torch.allclose(objective, torch.tensor([1.2, 0.5, -3.0, -1.6]))
+    (gradient,) = torch.autograd.grad(objective.sum(), logprobs)
+    assert torch.allclose(gradient, torch.tensor([0.0, 0.5, -3.0, 0.0]))  # d ratio / d logprob = ratio
+
+
+def test_the_first_step_has_the_gradient_of_the_plain_loss(make_model, tokenizer):
+    """At equal policies every ratio is exactly 1, and the gradient is that of equation (1) with A in the place of w."""
+    model, rollouts = make_model(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
+    weights = token_weights(rollouts, torch.tensor([2.0, -1, 0, 0.5, -1.5]), 0.0).double()
+    logprobs = completion_logprobs(model, rollouts, 0.7)
+    objective = clipped_objective(logprobs, logprobs.detach(), weights, 0.2)
+    assert torch.equal(objective.detach(), weights)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours = torch.autograd.grad(-objective.sum() / rollouts.completion_mask.sum(), parameters)
+    plain = torch.autograd.grad(plain_loss(model, rollouts, weights, 0.7), parameters)
+    for one, other in zip(ours, plain):
+        assert torch.allclose(one, other, atol=1e-10)
+
+
+def test_the_juniors_tokens_do_not_matter_to_grpo(tokenizer):
+    """j = 0: other log-probabilities at the junior's tokens, infinite ones too, change neither the loss nor the gradient."""
+    rollouts = make_rollouts(len(tokenizer))
+    weights = token_weights(rollouts, torch.tensor([2.0, -1, 0, 0.5, -1.5]), 0.0)
+    by_junior = (rollouts.senior_mask == 0) & rollouts.completion_mask.bool()
+    old = -torch.rand(weights.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for change in (0.0, 3.0, -1e4):
+        logprobs = (old + 0.1).requires_grad_()
+        objective = clipped_objective(logprobs, torch.where(by_junior, old + change, old), weights, 0.2)
+        found.append((objective.detach(), torch.autograd.grad(objective.sum(), logprobs)[0]))
+    assert by_junior.any()
+    for objective, gradient in found:
+        assert torch.equal(objective, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+        assert (gradient[by_junior] == 0).all()
+
+
+def test_k3_is_never_negative_and_on_average_the_divergence():
+    """Two distributions over 3 tokens: the expectation of k3 under the first is the sum of p * log(p / q)."""
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    estimate = kl_estimate(p.log(), q.log())
+    assert (estimate >= 0).all()
+    assert (p * estimate).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+    assert kl_estimate(p.log(), p.log()).abs().max() == 0

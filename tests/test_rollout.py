@@ -193,7 +193,7 @@ def test_handoffs_and_author_spans(tokenizer, prompts):
 def test_author_spans_by_hand():
     """Two tokens of one author are decoded together (0xC3 0xB6 is ö); padding is not text."""
     ids, mask = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 1, 1, 0]])
-    rollouts = Rollouts(ids, mask, ids, mask, torch.tensor([[1, 1, 0, 0]]), torch.zeros(1, 4), [""])
+    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, torch.tensor([[1, 1, 0, 0]]), torch.zeros(1, 4), [""])
     assert rollouts.author_spans([b"sch\xc3", b"\xb6", b"n", b"x"]) == [[("senior", "schö"), ("junior", "n")]]
 
 
@@ -204,7 +204,7 @@ def test_truncate_by_hand(tokenizer):
     width = max(map(len, rows))
     ids = torch.tensor([row + [1] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    rollouts = Rollouts(ids, mask, ids, mask, mask, mask.double(), [tokenizer.decode(row) for row in rows])
+    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, mask, mask.double(), [tokenizer.decode(row) for row in rows])
     cut = truncate(rollouts, "\nQuestion:", pair)
     assert cut.texts == ["She sold 2.", "She sold 2 clips in April."]
     kept = len(tokenizer("She sold 2.").input_ids)

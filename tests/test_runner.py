@@ -24,7 +24,8 @@ from run_gsm8k import flags_of_run, main, parse_args
 def command(base_folder, tmp_path):
     """A run of seconds: 2 updates of 8 rollouts, evaluations of 4 problems."""
     flags = f"--setting skill --preset tiny --senior {base_folder} --junior {base_folder} --out {tmp_path / 'runs'} --device cpu "
-    flags += "--updates 2 --batch 8 --eval-problems 4 --eval-every 2 --max-new-tokens 12 --specialist-steps 2 --rank 4 --rollout-batch 3"
+    flags += "--updates 2 --batch 8 --eval-problems 4 --eval-every 2 --max-new-tokens 12 --specialist-steps 2 --rank 4 "
+    flags += "--rollout-batch 3 --jobs 1"
     return flags.split()
 
 
@@ -288,10 +289,8 @@ def test_shuffled_rewards(command, monkeypatch):
     """The same number of right rollouts, other ones: the row reports the true rewards, the weights follow the shuffled ones."""
     weighted, values = [], iter([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0] * 100)
     monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
-    real = run_gsm8k.token_weights
-    monkeypatch.setattr(
-        run_gsm8k, "token_weights", lambda rollouts, rewards, c, j: weighted.append(rewards.tolist()) or real(rollouts, rewards, c, j)
-    )
+    real = run_gsm8k.outcome_weights
+    monkeypatch.setattr(run_gsm8k, "outcome_weights", lambda rewards, c: weighted.append(rewards.tolist()) or real(rewards, c))
     main([*command, "--setting", "control", "--arms", "shuffled", "--seeds", "2"])
     assert all(sum(rewards) == 3 for rewards in weighted)
     assert len({tuple(rewards) for rewards in weighted}) > 2  # two updates of two seeds, each with a permutation of its own
