@@ -8,7 +8,8 @@ What the pretraining text contains decides what a junior can follow. These const
 change, `python -m lab.tiny FOLDER` makes another base, to be used with --senior FOLDER --junior FOLDER:
 
     LANGUAGE_SHARES   English is the majority language, as in real models
-    ANNOTATED         share of solutions with <<...>>: enough to continue them sometimes, too few to write them unasked
+    ANNOTATED         share of solutions with <<...>>: enough to continue them sometimes, too few to write them unasked.
+                      `python -m lab.tiny FOLDER --annotated 0.02` makes a base that has seen fewer
     MIXED             share of solutions that go on, from a random line, in a language drawn anew (perhaps the same)
     SKIPS             share of solutions that leave out their last step and so answer wrongly. Real text contains errors,
                       and a specialist that is fine-tuned on correct solutions is then better than the base
@@ -18,6 +19,7 @@ A junior that has hardly ever seen `<<` breaks nearly every solution that contai
 rewarded. The tiny base shows the mechanism; it is no evidence about models of billions of parameters.
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -31,6 +33,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lab.flags import number
 from lab.problems import LANGUAGES, generate, plain, prompt
 from lab.runs import describe_machine
 from lab.specialist import fine_tune
@@ -64,10 +67,10 @@ def checksum(texts: list[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps([constants, texts]).encode()).hexdigest()
 
 
-def make(folder: Path | str) -> None:
+def make(folder: Path | str, annotated: float = ANNOTATED) -> None:
     """Train tokenizer and base from scratch, always with seed 0, and save both with a note of how they were made."""
     started = time.time()
-    texts = corpus(STEPS * BATCH)
+    texts = corpus(STEPS * BATCH, annotated)
     tokenizer = make_tokenizer([f"{asked} {solution}" for asked, solution in texts[:8000]])
     torch.manual_seed(0)
     token_ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -82,8 +85,11 @@ def make(folder: Path | str) -> None:
     (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
 
 
-def corpus(n: int) -> list[tuple[str, str]]:
-    """n (prompt, solution) texts of the mixture that the constants above describe. Always the same for the same n."""
+def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
+    """n (prompt, solution) texts of the mixture that the constants above describe. Always the same for the same n.
+
+    Another share of annotated solutions leaves the problems, and everything else about the texts, as they are.
+    """
     rng = random.Random(0)
     problems = generate(n, "train", seed=0)
     sums = [step for problem in problems for step in SUM.findall(problem.solutions["en"])]
@@ -103,7 +109,7 @@ def corpus(n: int) -> list[tuple[str, str]]:
             _, previous_result = SUM.findall(problem.solutions["en"])[-2]
             lines[-2:] = [f"#### {previous_result}"]
         solution = "\n".join(lines)
-        texts.append((prompt(problem.question, language), solution if rng.random() < ANNOTATED else plain(solution)))
+        texts.append((prompt(problem.question, language), solution if rng.random() < annotated else plain(solution)))
     return texts
 
 
@@ -121,6 +127,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    destination = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    make(destination)
-    print(f"{destination} holds {identity(destination)}")
+    parser = argparse.ArgumentParser(description="Make the tiny base, or another one of its kind.")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="folder to write to (default: the shipped base)")
+    parser.add_argument("--annotated", type=number(float, 0, 1), default=ANNOTATED, help="share of solutions with <<...>>")
+    args = parser.parse_args()
+    make(args.folder, args.annotated)
+    print(f"{args.folder} holds {identity(args.folder)}")
