@@ -106,7 +106,11 @@ def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weight
 
 
 def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor) -> torch.Tensor:
-    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior)."""
+    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior).
+
+    As a part of the loss, its gradient is on average that of the other direction, KL(junior || senior). Both are least where
+    the two distributions are equal (Schulman, 2020, "Approximating KL Divergence").
+    """
     log_ratio = junior_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
 
