@@ -85,8 +85,10 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> torch.Tensor:
     """The weights w(y) * m_t of equations (1) and (5): (B, C), zero at padding. w: (B,), one weight per rollout.
 
-    Raises ValueError if w has another shape.
+    Raises ValueError if w has another shape, or if the masks contradict each other.
     """
+    if rollouts.senior_mask.shape != rollouts.completion_mask.shape or (rollouts.senior_mask > rollouts.completion_mask).any():
+        raise ValueError("senior_mask must have the shape of completion_mask, and mark no token that completion_mask does not")
     if w.shape != (len(rollouts),):
         raise ValueError(f"expected one weight per rollout, shape ({len(rollouts)},), got shape {tuple(w.shape)}")
     m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C), equation (3)
@@ -174,6 +176,12 @@ def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.
     else:
         flat = FrozenOutputLayer.apply(head, states, targets, temperature)  # (N,)
     return torch.zeros(real.shape, dtype=flat.dtype, device=flat.device).masked_scatter(real, flat)
+
+
+@torch.no_grad()
+def frozen_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """completion_logprobs of a model that is not trained, (B, C)."""
+    return completion_logprobs(model, rollouts, temperature)
 
 
 class FrozenOutputLayer(torch.autograd.Function):

@@ -51,6 +51,11 @@ ARCHITECTURE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2,
 SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
+def checkpoint(name: str) -> str:
+    """The hub id or folder that --senior or --junior names: "tiny" is the shipped base."""
+    return str(FOLDER) if name == "tiny" else name
+
+
 def identity(folder: Path | str = FOLDER) -> str:
     """The name of a base: for one that was made here "tiny-" and its checksum, for any other checkpoint its own name."""
     note = Path(folder) / "made.json"

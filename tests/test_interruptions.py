@@ -229,10 +229,10 @@ def test_one_sided_batches_are_judged_over_several_updates(tmp_path):
     shares = {0: None, 1: 0.5, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0}
     runs.append_rows(path, [{"update": update, "senior_share": share} for update, share in shares.items()])
     for update in (1, 2, 3, 4, 5):
-        run_gsm8k.check_both_wrote({"update": update, "senior_share": 1.0}, args)
-    run_gsm8k.check_both_wrote({"update": 6, "senior_share": 0.0}, args)
+        runs.check_both_wrote({"update": update, "senior_share": 1.0}, args)
+    runs.check_both_wrote({"update": 6, "senior_share": 0.0}, args)
     with pytest.raises(SystemExit, match="update 6: the senior wrote 100% of the tokens of 5 tandem batches in a row"):
-        run_gsm8k.check_both_wrote({"update": 6, "senior_share": 1.0}, args)
+        runs.check_both_wrote({"update": 6, "senior_share": 1.0}, args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The loss by hand, and what must not change it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,16 @@ def test_inputs_are_not_modified(tokenizer):
     gradients(model, rollouts, rollouts.completion_mask.float(), micro_tokens=2)
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "senior_mask"):
         assert torch.equal(getattr(rollouts, name), getattr(copy, name))
+
+
+def test_masks_that_contradict_each_other_are_refused():
+    """An author of padding, or a mask of another width, is a mistake in whatever made the rollouts."""
+    rollouts = make_rollouts(9)
+    wrong = rollouts.senior_mask.clone()
+    wrong[0, -1] = 1
+    for mask in (wrong, rollouts.senior_mask[:, 1:]):
+        with pytest.raises(ValueError, match="senior_mask must have the shape of completion_mask"):
+            token_weights(replace(rollouts, senior_mask=mask), torch.ones(5), 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -510,11 +510,11 @@ def test_a_killed_process_is_named(monkeypatch, tmp_path):
     [
         (
             "--setting skill --algorithm grpo --wrong-weight -0.3",
-            "--wrong-weight does not apply to --algorithm grpo .arm tandem.: leave it out",
+            "--wrong-weight: no effect on tandem, solo",
         ),
-        ("--setting skill --clip-ratio 0.1", "--clip-ratio does not apply to --algorithm reinforce"),
-        ("--setting skill --kl 0.1", "--kl does not apply to --algorithm reinforce"),
-        ("--setting skill --inner-steps 2", "--inner-steps does not apply to --algorithm reinforce"),
+        ("--setting skill --clip-ratio 0.1", "--clip-ratio: no effect on tandem, solo"),
+        ("--setting skill --kl 0.1", "--kl: no effect on tandem, solo"),
+        ("--setting skill --inner-steps 2", "--inner-steps: no effect on tandem, solo"),
         ("--setting skill --algorithm grpo --rollouts-per-prompt 1", "--rollouts-per-prompt 1: GRPO compares the rollouts of a prompt"),
         ("--setting pressure --batch 100", "--batch 100 is not divisible by --rollouts-per-prompt 8 .arm grpo-tandem"),
         ("--setting pressure --arms grpo-tandem --algorithm grpo", "--algorithm: no effect on grpo-tandem"),
