@@ -59,7 +59,8 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
     wanted = min(args.rollout_batch, share), min(args.micro_tokens, args.batch * (prompt + new))
     try:
         shapes = [shape_of(config) for config in configs.values()]
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:
+        # An unusual configuration fails in many ways. Whether the model can be used is decided when it is loaded.
         print(f"memory plan: none for {senior} ({type(error).__name__}: {error}); --rollout-batch and --micro-tokens stay as they are")
         return wanted
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
@@ -109,7 +110,8 @@ class Shape:
 def shape_of(config) -> Shape:
     """The shape of a checkpoint, from its transformers configuration alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        # Without the option transformers asks whether code that comes with the checkpoint may be run.
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # Some versions of transformers do not tie weights on the meta device.
     model.tie_weights()
     head = model.get_output_embeddings()
