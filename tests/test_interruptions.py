@@ -1,6 +1,6 @@
 """Interrupted runs, damaged files and bad values: the right result, or one message that names path and remedy.
 
-Kills at random moments are in tests/kill.py, a hundred bad command lines and files in tests/bad_input.py.
+Kills at random moments are in tests/kill.py, two hundred bad command lines and files in tests/bad_input.py.
 """
 
 import argparse
