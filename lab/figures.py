@@ -91,17 +91,19 @@ def read_checked(path: Path, check: Callable[[dict], bool]) -> Rows:
 
 
 def is_row(row: dict) -> bool:
-    """Whether all evaluations of a row of metrics.jsonl can be drawn."""
-    evaluations = row.get("eval", {})
-    return isinstance(evaluations, dict) and all(map(is_evaluation, evaluations.values()))
+    """Whether a row of metrics.jsonl can be drawn: its evaluations and its seconds."""
+    evaluations, seconds = row.get("eval", {}), [value for key, value in row.items() if key.startswith("seconds")]
+    if not isinstance(evaluations, dict) or not all(isinstance(value, (int, float)) for value in seconds):
+        return False
+    return all(map(is_evaluation, evaluations.values()))
 
 
 def is_evaluation(evaluation) -> bool:
-    """Whether this is an evaluation: a number of solutions, shares of them, and perhaps other numbers or None."""
+    """Whether this is an evaluation: a number of solutions, shares of them, and means. A metric that somebody added may be anything."""
     try:
         shares = [evaluation["accuracy"], evaluation["jargon"], *evaluation["languages"].values()]
-        others = [value for name, value in evaluation.items() if name != "languages" and value is not None]
-        return evaluation["n"] > 0 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, others))
+        means = [evaluation[name] for name in ("tokens", "handoffs", "handoffs_inside") if name in evaluation]
+        return evaluation["n"] > 0 and len(shares) > 2 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, means))
     except (KeyError, TypeError, AttributeError, OverflowError):
         return False
 

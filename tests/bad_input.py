@@ -89,7 +89,7 @@ ROWS = {
     "a list": b"[1]",
     "an update that is text": b'{"update": "0"}',
     "no evaluation": b'{"update": 0, "eval": {"senior": 3}}',
-    "a share of 7": b'{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 7, "jargon": 0, "languages": {}}}}',
+    "a share of 7": b'{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 7, "jargon": 0, "languages": {"en": 1}}}}',
 }
 
 

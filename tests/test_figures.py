@@ -131,7 +131,7 @@ def test_table(tmp_path):
 def test_an_added_metric_has_a_column_and_can_be_drawn(tmp_path):
     """A mean, not a share: averaged over seeds, without a band, on axes of its own range; "–" where an arm has not measured it."""
     for seed, perplexity in enumerate((120.0, 130.0)):
-        write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity)
+        write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity, words=["any", "thing"])
     write_arm(tmp_path, "solo")
     runs = figures.read_runs(tmp_path, ["tandem", "solo"])
     head, _, tandem, solo = figures.table(runs).splitlines()
@@ -353,11 +353,16 @@ def test_the_caption_counts_the_seeds(tmp_path, drawn):
         ("metrics.jsonl", '{"update": 0, "eval": [1]}'),
         ("metrics.jsonl", '{"update": 0, "eval": {"senior": [1]}}'),
         ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5}}}'),
-        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": NaN, "jargon": 0.5, "languages": {}}}}'),
-        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 7, "languages": {}}}}'),
-        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 0, "accuracy": 0.5, "jargon": 0.5, "languages": {}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": NaN, "jargon": 0.5, "languages": {"en": 1}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 7, "languages": {"en": 1}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 0, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": 1}}}}'),
         ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": "all"}}}}'),
-        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {}, "tokens": [3]}}}'),
+        (
+            "metrics.jsonl",
+            '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": 1}, "tokens": [3]}}}',
+        ),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {}}}}'),
+        ("metrics.jsonl", '{"update": 0, "seconds_rollout": "3"}'),
         ("samples.jsonl", "3"),
         ("samples.jsonl", '{"update": 0}'),
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": ["senior"]}'),
