@@ -200,6 +200,13 @@ def test_a_sentence_within_a_line(schedule, expected):
     assert authors(pieces, list(range(5)), "S", schedule)[1] == expected
 
 
+@pytest.mark.parametrize("pieces", ["她 有 3 个 。 她 卖 了 1 个", "她有 3 个。 她 卖了 1 个"])
+def test_a_full_width_mark_ends_a_sentence_without_a_space(pieces):
+    pieces = pieces.split()
+    who, tosses = authors([piece.encode() for piece in pieces], list(range(len(pieces))), "SJ", "sentence")
+    assert (who.index("J"), tosses) == (pieces.index("她", 1), 2)
+
+
 def test_a_thrown_away_sample():
     """The junior is active and samples a new word; the coin names the senior, whose own sample is written instead."""
     pieces = [b"a", b" b", b"c"]
