@@ -5,7 +5,8 @@ then combined, so that all processes see the same rollouts and take the same ste
 to its row (rollout.py), so it does not matter which process writes it. Only the first process writes files and prints to
 stdout; all of them need a shared file system. With one process these functions return their input unchanged.
 
-Models that are split over several devices are not supported.
+Every process needs at least one rollout of each batch and evaluation, which lab/memory.py checks. Models that are split over
+several devices are not supported.
 """
 
 import atexit

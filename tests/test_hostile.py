@@ -106,15 +106,17 @@ def test_hostile_files_are_refused_and_not_run(copy, places, tmp_path, monkeypat
         shutil.rmtree(places["problems"])
         places["problems"].mkdir()
     HOSTILE[name](path, marker)
-    before = contents(places[folder])
-    if folder == "base":
-        command = [*command, "--senior", str(path.parent), "--junior", str(path.parent), "--out", str(tmp_path / "runs")]
+    before, program, argument = contents(places[folder]), main, command
+    if file == "samples.jsonl":
+        # Samples are read for a figure only.
+        program, argument = figures.main, str(path.parents[2])
+    elif folder == "base":
+        argument = [*command, "--senior", str(path.parent), "--junior", str(path.parent), "--out", str(tmp_path / "runs")]
     elif folder == "problems":
-        command = [*command, "--problems", str(path.parent), "--eval-problems", "1", "--out", str(tmp_path / "runs")]
+        argument = [*command, "--problems", str(path.parent), "--eval-problems", "1", "--out", str(tmp_path / "runs")]
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(SystemExit) as stop:
-        # Samples are read for a figure only.
-        figures.main(str(path.parents[2])) if file == "samples.jsonl" else main(command)
+        program(argument)
     remedy = "(restore|expected|Name a local folder|choose another|holds train.jsonl and test.jsonl)"
     # Without DOTALL: all of it is in one line.
     assert re.fullmatch(f"error: .*{re.escape(str(path.parent))}.*{remedy}.*", str(stop.value))
