@@ -200,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--micro-tokens", type=count, default=8192, help="tokens per forward pass of the update, prompts included")
     group.add_argument("--checkpointing", action=switch, default=False, help="gradient checkpointing: less memory, more time")
     group.add_argument("--eight-bit-adam", action=switch, default=False, help="paged 8-bit AdamW of bitsandbytes")
-    group.add_argument("--memory", type=positive, help="memory limit in GiB (default: the free memory of a GPU; no limit on a CPU)")
+    group.add_argument("--memory", type=positive, help="memory limit in GiB (default: the free memory of the GPU or the machine)")
     return parser
 
 

@@ -26,7 +26,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from itertools import cycle, groupby
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.runs import read_back, read_rows, seed_folders
+from lab.runs import read_back, read_rows, seed_folders, unusable, writing
 from metrics import has_jargon, wilson_interval
 
 Rows = list[dict]  # the rows of one metrics.jsonl
@@ -67,21 +67,66 @@ OTHER_LANGUAGE_STYLES = [STYLES[1], STYLES[2], *STYLES[5:]]
 
 
 def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
-    """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training."""
+    """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training.
+
+    Raises Refused for a file that holds something else than rows and evaluations.
+    """
     runs: Runs = {}
     for arm in arms:
         files = [path / "metrics.jsonl" for path in seed_folders(folder, arm)]
         # A run that has just begun has an empty file.
-        seeds = [rows for rows in (read_rows(path) for path in files if path.is_file()) if rows]
+        seeds = [rows for rows in (read_checked(path, is_row) for path in files if path.is_file()) if rows]
         if seeds and all({"senior", "tandem", "junior"} <= set(rows[0].get("eval", {})) for rows in seeds):
             runs[arm] = seeds
     return runs
 
 
+def read_checked(path: Path, check: Callable[[dict], bool]) -> Rows:
+    """The rows of a file. Raises Refused unless each of them passes the check, so that nothing fails in the midst of a figure."""
+    rows = read_rows(path)
+    for row in rows:
+        if not check(row):
+            raise unusable(path, f"what it says of update {row['update']} is not what a run writes")
+    return rows
+
+
+def is_row(row: dict) -> bool:
+    """Whether a row of metrics.jsonl can be drawn: its evaluations and its seconds."""
+    evaluations, seconds = row.get("eval", {}), [value for key, value in row.items() if key.startswith("seconds")]
+    if not isinstance(evaluations, dict) or not all(isinstance(value, (int, float)) for value in seconds):
+        return False
+    return all(map(is_evaluation, evaluations.values()))
+
+
+def is_evaluation(evaluation) -> bool:
+    """Whether this is an evaluation: a number of solutions, shares of them, and means. A metric that somebody added may be anything."""
+    try:
+        shares = [evaluation["accuracy"], evaluation["jargon"], *evaluation["languages"].values()]
+        means = [evaluation[name] for name in ("tokens", "handoffs", "handoffs_inside") if name in evaluation]
+        return evaluation["n"] > 0 and len(shares) > 2 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, means))
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        return False
+
+
+def is_sample(row: dict) -> bool:
+    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
+    try:
+        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
+        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
+
+
 def read_flags(folder: str | Path, arm: str) -> dict:
     """The flags of an arm, from the config.json of its first seed (seeds differ in their seed only)."""
-    for path in seed_folders(folder, arm):
-        return read_back(path / "config.json", flags=dict)["flags"]
+    kinds = {"handoff": str, "p": (int, float), "solo": bool, "senior_language": str, "junior_language": str}
+    for path in (folder / "config.json" for folder in seed_folders(folder, arm)):
+        flags = read_back(path, flags=dict)["flags"]
+        wrong = [f"--{name}" for name, kind in kinds.items() if not isinstance(flags.get(name), kind)]
+        if wrong:
+            raise unusable(path, f"it lacks the values of {', '.join(wrong)}")
+        return flags
     raise FileNotFoundError(f"{Path(folder, arm)} has no seed-<k>/config.json")
 
 
@@ -202,9 +247,10 @@ def add_caption_and_save(figure: Figure, runs: Runs, path: Path, note: str = "")
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG, and beside it as PDF. Without a creation date, the same rows give the same PDF."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
     return path
 
@@ -271,7 +317,7 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
     candidates = []
     for path in files:
         by_question: dict[str, dict[int, dict]] = {}
-        for sample in read_rows(path):
+        for sample in read_checked(path, is_sample):
             if sample["who"] == "tandem":
                 by_question.setdefault(sample["question"], {})[sample["update"]] = sample
         candidates += [samples for samples in by_question.values() if len(samples) >= 3]
@@ -770,7 +816,7 @@ def complete_setting(folder: Path, setting: str, arms: Iterable[str]) -> list[st
 
 
 def main(folder: str) -> None:
-    """Draw every setting of which the folder holds an arm."""
+    """Draw every setting of which the folder holds an arm. Exits with one line if a file in it cannot be used."""
     # Imported late, because the runner itself imports this module.
     from run_gsm8k import SETTINGS
 
@@ -779,8 +825,11 @@ def main(folder: str) -> None:
     settings = [setting for setting, arms in known.items() if any(arm in present for arm in arms)]
     if not settings:
         sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: run run_gsm8k.py first, or name its --out folder")
-    for setting in settings:
-        draw(folder, setting, SETTINGS[setting])
+    try:
+        for setting in settings:
+            draw(folder, setting, SETTINGS[setting])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     for arm in present:
         if not any(arm in arms for arms in known.values()):
             print(f"{Path(folder, arm)} is in no setting of run_gsm8k.py and is not drawn")

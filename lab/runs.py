@@ -86,8 +86,10 @@ def read_rows(path: Path) -> list[dict]:
     for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             row = json.loads(line)
+            if int(row["update"]) != row["update"]:
+                raise TypeError(f"{row['update']!r} is not the number of an update")
             # Rows of metrics.jsonl have only the first of these keys.
-            rows[int(row["update"]), row.get("who"), row.get("question")] = row
+            rows[row["update"], row.get("who"), row.get("question")] = row
         except (ValueError, OverflowError, RecursionError):
             # An empty line, or one that was cut off when the run was interrupted.
             continue
