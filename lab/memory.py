@@ -47,13 +47,14 @@ RESERVE = 0.75 * GIB  # kept free on a CUDA device for cuBLAS and for what the a
 def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list[argparse.Namespace], tokenizers: list) -> tuple[int, int]:
     """Print the memory plan and return (rollout_batch, micro_tokens): those of the flags, cut to what fits.
 
-    senior, junior: the two checkpoints. runs: the flags of every run, for the longest prompt of all. The budget is --memory,
-    or else the free memory of the GPU or of the machine. Raises ValueError if nothing fits or if there are more processes
-    than rollouts, and what load_problems raises.
+    senior, junior: the two checkpoints. runs: the flags of every run, for the longest prompt and the largest batch of all. The
+    budget is --memory, or else the free memory of the GPU or of the machine, of which every one of --jobs gets its share.
+    Raises ValueError if nothing fits or if there are more processes than rollouts, and what load_problems raises.
     """
     on_gpu, processes = args.device.startswith("cuda"), parallel.world_size()
-    if min(args.batch, args.eval_problems) < processes:
-        few = f"--batch {args.batch} and --eval-problems {args.eval_problems} do not give each of the {processes} processes a rollout"
+    batches, evaluations = {run.batch for run in [args, *runs]}, {run.eval_problems for run in [args, *runs]}
+    if min(batches | evaluations) < processes:
+        few = f"--batch {min(batches)} and --eval-problems {min(evaluations)} do not give each of the {processes} processes a rollout"
         raise ValueError(f"{few}: raise them, or start fewer processes with --nproc-per-node")
     prompt, new = longest_prompt(runs, tokenizers), args.max_new_tokens
     configs = {name: models.load(AutoConfig, name).get_text_config() for name in (senior, junior)}
@@ -64,9 +65,9 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
             reason = f"{prompt} tokens of prompt and --max-new-tokens {new} exceed its context of {context}"
             raise ValueError(f"{name}: {reason}. Lower --max-new-tokens or --shots, or choose another model")
     # No process ever holds more rollouts than its share of a batch or of an evaluation, nor updates on more than the batch.
-    whole = max(args.batch, args.eval_problems)
+    whole = max(batches | evaluations)
     share = math.ceil(whole / processes)
-    wanted = min(args.rollout_batch, share), min(args.micro_tokens, args.batch * (prompt + new))
+    wanted = min(args.rollout_batch, share), min(args.micro_tokens, max(batches) * (prompt + new))
     try:
         shapes = [shape_of(config) for config in configs.values()]
     except Exception as error:
@@ -78,7 +79,7 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
     options = dict(four_bit=args.four_bit, half_precision=on_gpu, rank=args.rank, checkpointing=args.checkpointing)
     plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, prompt=prompt, new=new, batch=whole)
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
-    budget = min(parallel.gather(args.memory * GIB if args.memory else free_memory(on_gpu))) - (RESERVE if on_gpu else 0)
+    budget = min(parallel.gather(args.memory * GIB if args.memory else free_memory(on_gpu) / args.jobs)) - (RESERVE if on_gpu else 0)
     fitting = plan.fit(budget, *wanted)
     print(plan.report(*fitting))
     if fitting != wanted:

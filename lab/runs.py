@@ -350,7 +350,7 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
     except BrokenProcessPool as error:
         raise Refused("a process of --jobs was killed, perhaps for want of memory: continue with --resume and fewer --jobs") from error
     reasons = [run_folder(args) / "stopped.txt" for args in runs]
-    return [path.read_text().strip() for path in reasons if path.is_file()]
+    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in reasons if path.is_file()]
 
 
 def run_to_end(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -88,7 +88,7 @@ def prompts_of_48_tokens(monkeypatch):
 def flags(**changes) -> argparse.Namespace:
     """The flags that fit_to_memory reads."""
     defaults = dict(device="cpu", memory=None, four_bit=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0)
-    batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, max_new_tokens=112)
+    batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, jobs=1, max_new_tokens=112)
     return argparse.Namespace(**defaults | batches | changes)
 
 
@@ -209,3 +209,13 @@ def test_an_architecture_without_a_plan_is_not_blocked(base_folder, monkeypatch,
     monkeypatch.setattr("lab.memory.shape_of", no_shape)
     assert fit_to_memory(flags(), base_folder, base_folder, [], []) == (200, 2048)
     assert "memory plan: none for" in capsys.readouterr().out
+
+
+def test_runs_at_a_time_share_the_memory_and_the_largest_batch_counts(base_folder, machine):
+    """Two jobs plan for half of what is available each; an arm with more rollouts per update than the command line counts."""
+    machine(16 * 2**20)
+    half = fit_to_memory(flags(jobs=2), base_folder, base_folder, [], [])
+    machine(8 * 2**20)
+    assert half == fit_to_memory(flags(), base_folder, base_folder, [], [])
+    with pytest.raises(ValueError, match="more than the budget"):
+        fit_to_memory(flags(), base_folder, base_folder, [flags(batch=10**5)], [])
