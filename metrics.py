@@ -2,17 +2,18 @@
 
     accuracy     share of solutions that are correct (reward.is_correct)
     jargon       share of solutions with "<<" or ">>". The paper counts calculator annotations (West et al., 2025); half an
-                 annotation counts here too, because a handoff can cut one
+                 annotation counts here too, because a handoff can cut one in two
     languages    share of solutions by their most likely language, among the languages passed in (library py3langid)
-    tokens       in an evaluation, the mean length of a completion; in a training batch, its total number of tokens
-    handoffs     changes of author per rollout, and how many of them fall inside an expression such as 48/2=<<48/2=24>>24
-                 (evaluations count changes between texts, training batches also a change at the end token)
+    tokens       in an evaluation, the mean length of a completion; in a training batch, the number of tokens of all
+    handoffs     changes of author per rollout, and how many of them fall inside an expression such as 48/2=<<48/2=24>>24.
+                 Training batches also count a change before the end token, which has no text
 
-    legibility, drift   how hard the senior's solutions are for the junior, and how far the two distributions are apart
-    pass@k       probability that one of k solutions is right
+    legibility   the junior's cross-entropy on the senior's solutions: the higher, the less legible
+    drift        how far the senior's distribution is from the junior's
+    pass@k       probability that at least one of k solutions is right
 
 A solution that mixes two languages is counted under the likelier one. Everything here works on text, masks and
-log-probabilities, and runs no model.
+log-probabilities. Neither senior nor junior is run here.
 """
 
 import math
@@ -138,7 +139,7 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
 
 
 def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Three distances on solutions that the senior wrote, each the mean over the tokens of a solution, (B,), in nats per token.
+    """What separates the two models on solutions that the senior wrote: three means over the tokens of a solution, (B,), in nats.
 
     senior, junior: log-probabilities of the whole vocabulary before every token, (B, C, V). ids, mask: (B, C).
 
@@ -158,7 +159,7 @@ def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """Unbiased estimate, from n solutions of which `right` are right, that at least one of k is (Chen et al., 2021).
+    """Unbiased estimate, from n solutions of which `right` are right, that at least one of k solutions is right (Chen et al., 2021).
 
     That is 1 minus the probability that k of the n, drawn without replacement, are all wrong. Raises ValueError unless
     0 <= right <= n and 1 <= k <= n.
@@ -176,18 +177,22 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 
 def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.sum, resamples: int = 2000) -> tuple[float, float]:
-    """A 95 % interval that contains both the differences between seeds and the sampling of problems.
+    """A 95 % bootstrap interval that accounts for the differences between seeds and for the sampling of problems.
 
-    values: (S seeds, N problems, K measures). Each time, S seeds are drawn with replacement and N problems of each of them, and
-    `statistic` is applied to the K means; the interval is that of the middle 95 % of its values. Measures of the same
-    problem stay together, so that the difference of two arms is compared problem by problem: statistic = m[0] - m[1].
-    With few seeds it is somewhat too narrow. Always the same for the same values. Raises ValueError without seeds or problems.
+    values: (S, N, K), the K measures of each of N problems under each of S seeds; every seed has problems of its own. In each
+    resample, S seeds are drawn with replacement, and N problems of each of them. `statistic` maps the means of the K measures,
+    (K,), to a number; the default suits K = 1. The interval runs from the 2.5 % to the 97.5 % quantile of these numbers.
+
+    The measures of a problem are drawn together. With two arms as two measures, and the difference of their means as
+    `statistic`, the arms are compared problem by problem.
+
+    Deterministic. With few seeds the interval is somewhat too narrow. Raises ValueError without seeds, problems or measures.
 
     >>> bootstrap_interval(np.ones((3, 4, 1)))
     (1.0, 1.0)
     """
     if values.ndim != 3 or 0 in values.shape:
-        raise ValueError(f"expected values of shape (seeds, problems, measures), none of them 0, got {values.shape}")
+        raise ValueError(f"expected values of shape (seeds, problems, measures), all of them at least 1, got {values.shape}")
     rng, (seeds, problems, _) = np.random.default_rng(0), values.shape
     drawn = []
     for _ in range(resamples):
@@ -212,5 +217,5 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half_width = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding alone could leave [0, 1].
+    # Rounding could take a bound out of [0, 1].
     return max(0.0, centre - half_width), min(1.0, centre + half_width)

@@ -7,8 +7,9 @@ Appendix E)
     w(y) = r + c * (1 - r)               1 for a right rollout, c for a wrong one                      (2)
     m_t  = 1 if the senior wrote y_t, else j                                                           (3)
 
-with respect to the senior's weights, with the sampled y and its reward held fixed. The senior scores every token, the
-junior's too, under its own prompt. (We know both papers from secondary sources, see run_gsm8k.py.)
+with respect to the senior's weights: the average over sampled y, differentiated with y and its reward held fixed. The senior
+computes the log-probability of every token, also of the junior's, under its own prompt. (We know both papers, and this
+appendix, from secondary sources, see run_gsm8k.py.)
 
 GRPO (Tandem RL: Jiao et al., 2026) compares a rollout with the others of its problem. With G rollouts y_1 ... y_G per
 problem and their rewards r_1 ... r_G, it follows the gradient of
@@ -16,34 +17,41 @@ problem and their rewards r_1 ... r_G, it follows the gradient of
     A(y_i) = (r_i - mean(r)) / (std(r) + 1e-6)                     std with G - 1 in its denominator   (4)
     J = E[ sum_t min( rho_t * A(y) * m_t, clip(rho_t, 1 - e, 1 + e) * A(y) * m_t ) ]                   (5)
     rho_t = pi_senior(y_t | x_senior, y_<t) / pi_old(y_t | x_senior, y_<t)
-    k3_t = exp(d_t) - 1 - d_t,   d_t = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(...)        (6)
+    k3_t = exp(d_t) - 1 - d_t                                                                          (6)
+    d_t = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(y_t | x_senior, y_<t)
 
 where pi_old is the senior that wrote the rollouts. In the first step on a batch rho_t = 1, and the gradient of (5) is that of
-(1) with A instead of w. Tandem RL scores only the senior's tokens, j = 0. The control "GRPO with a KL term" subtracts
-beta * k3_t from (5) for every token of the senior.
+(1) with A instead of w. In Tandem RL only the tokens that the senior wrote enter the loss, j = 0. To hold a senior near its
+junior (one of the controls of Tandem RL), beta * k3_t is subtracted from (5) for every token that the senior wrote.
 
-    symbol   variable        meaning
-    c        wrong_weight    0 discards wrong rollouts (the paper's main runs); below 0 makes them less likely (the paper
-                             found -0.5 to -0.3 best)
-    j        junior_weight   1 counts the junior's tokens in full (the paper's main runs); 0 counts only the senior's own
-    w or A   w (B,)            w * m    weights (B, C)            log pi_senior    logprobs (B, C)
-    G        group_size        e        clip_ratio                beta             args.kl
+    symbol          variable            meaning
+    c               wrong_weight        0 discards wrong rollouts (the paper's main runs); below 0 makes them less likely
+                                        (the paper found -0.5 to -0.3 best)
+    j               junior_weight       1 counts the junior's tokens in full (the paper's main runs); 0 counts only the
+                                        senior's own
+    w, A            w (B,)              the weight of a rollout
+    w * m, A * m    weights (B, C)      the weight of a token
+    log pi_senior   logprobs (B, C)     with a gradient
+    log pi_old      old_logprobs (B, C) without
+    G               group_size          rollouts per problem
+    e               clip_ratio          the ratio is clipped to 1 - e to 1 + e
+    beta            args.kl             the weight of the divergence from the junior
 
 Worked example of (1) with c = -0.4 and j = 0.3. A right rollout written by senior, junior, senior has the weights 1, 0.3,
 1. A wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4. Of (4): if one of 8 rollouts is right, its
 advantage is 2.47 and that of the others is -0.35.
 
 What this optimises. With j = 0, and under a schedule whose coins depend only on text already written (`token`, `redraw`),
-the gradient of (1) is that of the expected reward of the team, times 1 - c. Indeed w = r + c - c * r = (1 - c) * (r - b)
-with b = -c / (1 - c), so a negative c acts as a constant baseline b. Under `word` this holds only approximately, because
-discarded samples are missing from the sum (see tandem.py). With j > 0 (the paper's main runs have j = 1), (1) is not a policy
-gradient: the senior is also trained to imitate what the junior wrote in right rollouts, and with c < 0 to avoid what it
-wrote in wrong ones.
+the gradient of (1) equals 1 - c times the gradient of the expected reward of the team. Indeed w = r + c - c * r = (1 - c) *
+(r - b) with b = -c / (1 - c), so a negative c acts as a constant baseline b. Under `word` this holds only approximately,
+because discarded samples are missing from the sum (see tandem.py). With j > 0 (the paper's main runs have j = 1), (1) is
+not a policy gradient: the senior is also trained to imitate what the junior wrote in right rollouts, and with c < 0 to
+avoid what it wrote in wrong ones.
 
 The loss is minus (1) or (5) divided by the number of completion tokens in the batch, so long texts weigh more than short
-ones, and the estimate is slightly biased because that number is random. Its value is no measure of progress, since texts
-and weights are drawn anew at every update. Only its gradient is used; watch the rewards instead. There is no learned
-baseline and no entropy bonus. The training loop, with the loss expression, is in run_gsm8k.py.
+ones, and the estimate is slightly biased, since the number of tokens depends on the rollouts. Its value is no measure of
+progress, since texts and weights are drawn anew at every update. Only its gradient is used; watch the rewards instead.
+There is no learned baseline and no entropy bonus. The training loop, with the loss expression, is in run_gsm8k.py.
 """
 
 import torch
@@ -68,7 +76,7 @@ def outcome_weights(rewards: torch.Tensor, wrong_weight: float) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """GRPO: A of equation (4) for every rollout, (B,). Every `group_size` neighbours are rollouts of the same problem.
 
-    If all rewards of a group are equal, it says nothing about what to prefer, and its advantages are 0. Raises ValueError
+    If all rewards of a group are equal, nothing in it is to be preferred, and its advantages are 0. Raises ValueError
     for a group of one, whose advantage could only be 0, or if B is no multiple of the group.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]), group_size=8)[:2]
@@ -98,8 +106,8 @@ def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> 
 def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weights: torch.Tensor, clip_ratio: float) -> torch.Tensor:
     """GRPO: the terms of equation (5), (B, C), for weights A(y) * m_t.
 
-    logprobs: the senior's, with a gradient. old_logprobs: those of the senior that wrote the rollouts, without. Since m_t is
-    not negative, it may stand inside the minimum.
+    logprobs: the senior's, with a gradient. old_logprobs: those of the senior that wrote the rollouts, without. The
+    minimum commutes with the factor m_t, which is not negative.
     """
     # Where the weight is 0, an overflow of the ratio would make 0 * inf, which is not a number.
     log_ratio = (logprobs - old_logprobs).masked_fill(weights == 0, 0.0)
@@ -108,10 +116,11 @@ def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weight
 
 
 def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor) -> torch.Tensor:
-    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior).
+    """k3 of equation (6) for every token, (B, C). It is never negative.
 
-    As a part of the loss, its gradient is on average that of the other direction, KL(junior || senior). Both are least where
-    the two distributions are equal (Schulman, 2020, "Approximating KL Divergence").
+    Averaged over tokens that the senior wrote, its value is KL(senior || junior) (Schulman, 2020, "Approximating KL
+    Divergence"). Its gradient, with the tokens held fixed, averages to that of KL(junior || senior), which has the same
+    minimum.
     """
     log_ratio = junior_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
@@ -158,7 +167,7 @@ LOGITS_AT_ONCE = 2**24  # logits per chunk: 64 MB per copy in float32
 def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature: (B, C), zero at padding, differentiable."""
     ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
-    # Under LoRA the causal language model is inside a PeftModel. Its base_model is everything below the output layer.
+    # Under LoRA the causal language model is inside a PeftModel. The base_model of the former is all but the output layer.
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Log-probabilities were already recorded during sampling, but without a gradient, so the senior reads the text again.
     hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]
@@ -188,7 +197,7 @@ class FrozenOutputLayer(torch.autograd.Function):
     """log softmax(W h / T)[y] for N states h (N, H) and tokens y (N,), with a frozen W (V, H).
 
     The gradient with respect to h is W^T (onehot(y) - softmax(W h / T)) / T. Each output depends on its own state only, and
-    everything that this expression needs is available during the forward pass. So it is computed there, a chunk of states
+    everything that this expression needs is available during the forward pass. So the gradient is computed there, a chunk of states
     at a time, and N * H numbers are stored instead of N * V. Unlike under checkpointing, nothing is computed twice.
     """
 
@@ -221,8 +230,8 @@ def micro_batches(
 
     Returns (rollouts, weights) per part. Rollouts whose weights are all zero (the wrong ones if c = 0) contribute no
     gradient and are left out, so the list is empty if there is nothing to learn from. They still count in the denominator
-    of the loss, which is therefore taken from the whole batch, before this split. keep_all: the loss has another term, the
-    divergence from the junior, to which every rollout contributes.
+    of the loss, which is therefore taken from the whole batch, before this split. keep_all keeps
+    them: the divergence from the junior is a term of the loss to which every rollout contributes.
     """
     rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0]
     # Sorted, because parts of similar length waste less on padding.

@@ -5,7 +5,7 @@ that of the reference solution, else 0. All tokens share it, no matter which mod
 directly. It pays indirectly: if the junior cannot follow what the senior wrote, it is likely to continue wrongly, and the
 rollout then tends to earn nothing.
 
-    "She has 48/2 = <<48/2=24>>24 left.\\n#### 24"   final number "24", the first one after "####"
+    "She has 48/2 = <<48/2=24>>24 left.\\n#### 24"   final number "24", the first one after the last "####"
     "Of her 48 she has 24 left."                      final number "24", the last one, because there is no "####"
 
 Every reference solution of GSM8K ends with "####" and the answer, such as "#### 72", and models trained on it do the
@@ -13,28 +13,30 @@ same. After the mark the answer comes first, perhaps with a unit or a remark beh
 model, intermediate results come first and the answer last.
 
 Numbers are read by their shape, since a junior may write in another language than the reference: 1,500.50 in English,
-1.500,50 in German and 1 500,50 in French are one number. Groups of exactly three digits after one to three are thousands,
-and a single group of any other length is a fraction. What stays ambiguous: "2.125" is read as 2125, in English too, and
-"1,2" as 1.2, never as a list. Since the reference is read in the same way, equal texts are still equal numbers.
+1.500,50 in German and 1 500,50 in French (with a no-break space, or after "####" with an ordinary one) are the same number.
+One to three digits, followed by groups of exactly three, are read as thousands. Otherwise what follows a single separator is
+the decimal part. Some numbers stay ambiguous: "2.125" is read as 2125, in English too, and a lone "1,2" as 1.2, although it
+may be a list of two items. The reference is read by the same rules, so identical strings always compare as equal; only a
+value that is written in two ways can be misjudged.
 
-The verifier does not understand units, fractions (it reads "1/2" as two numbers), scientific notation or numbers written out
-as words. It does not check the steps of a solution. `# Open in paper:` marks what the paper, as far as we know it, does not
-specify.
+The verifier does not understand units, fractions such as "1/2" (which it reads as two numbers), scientific notation or
+numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks a choice on which the
+sources that we could read about the paper say nothing.
 """
 
 import re
 from collections import deque
 
 # We write [0-9] because \d would also match the digits of other scripts. A policy under RL may write very long runs of
-# digits; no alternative scans them more than once, so matching takes linear time.
+# digits; each alternative scans a run of digits at most once, so matching takes linear time.
 NUMBER = re.compile(
-    # A minus (ASCII or typographic) directly after a digit, a bracket or a point is a subtraction or range, not a sign.
+    # A minus (ASCII or typographic) directly after a digit, a closing bracket or a point is a subtraction or range, not a sign.
     r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?("
     # Groups of three digits between equal separators (comma, point, no-break space), then perhaps the other decimal mark.
     r"[0-9]{1,3}([.,\u00a0\u202f])[0-9]{3}(?:\4[0-9]{3})*(?![0-9])(?:(?!\4)[.,][0-9]+)?"
-    # A fraction after a point; or after a comma, unless it stands in a list such as "1,2,3".
+    # A decimal part after a point; or after a comma, unless this is a list of three or more items such as "1,2,3".
     r"|[0-9]+\.[0-9]+|(?<![0-9],)[0-9]+,[0-9]+(?![0-9]|,[0-9])"
-    # Plain digits, or a fraction alone: 72, .5
+    # Plain digits, or a decimal part alone: 72, .5
     r"|[0-9]+|\.[0-9]+)"
 )
 
@@ -43,7 +45,7 @@ def final_number(text: str) -> str | None:
     """The final number of a solution in normal form, or None if it has none. Works on any string, in linear time.
 
     Equal numbers are equal strings, without rounding or overflow: currency symbols, thousands separators, leading zeros and
-    trailing zeros of the fraction are removed.
+    trailing zeros of the decimal part are removed.
 
     >>> [final_number(text) for text in ("#### $1,000.50", "das sind 1.000,50 Euro", "so 48-5 is 43", "#### 18.00", "none")]
     ['1000.5', '1000.5', '43', '18', None]
@@ -62,9 +64,10 @@ def final_number(text: str) -> str | None:
 
 def _normal_form(match: re.Match) -> str:
     sign, sign_after_currency, body, _ = match.groups()
+    # Split at the last separator: "1,500.50" gives "1,500", "." and "50".
     whole, separator, fraction = re.fullmatch(r"(.*?)(?:([^0-9])([0-9]+))?", body).groups()
-    # One separator before exactly three digits, after one to three of which the first is not 0, is one of thousands. So are
-    # several equal ones. Anything else is a decimal mark: 0.125, 3,5 or the second kind of mark in 1.500,50.
+    # A single separator marks thousands if one to three digits, not starting with 0, precede it and exactly three follow. A
+    # repeated one always does. Anything else is a decimal mark: 0.125, 3,5 or the second kind of mark in 1.500,50.
     thousands = separator and (separator in whole or (whole.isdigit() and whole[0] != "0" and len(whole) <= 3 and len(fraction) == 3))
     if thousands or (separator and separator not in ".,"):
         whole, fraction = whole + fraction, ""
@@ -86,7 +89,7 @@ def is_correct(completion: str, gold: str) -> bool:
 
 
 def reward(completion: str, gold: str) -> float:
-    """The reward of a rollout: 1.0 if it is correct, else 0.0. Equation (2) of reinforce.py needs a number from 0 to 1.
+    """The reward of a rollout: 1.0 if it is correct, else 0.0. outcome_weights in reinforce.py rejects rewards outside [0, 1].
 
     >>> reward("48/2 = <<48/2=24>>24\\n#### 24", "24"), reward("#### 25", "24")
     (1.0, 0.0)

@@ -3,7 +3,7 @@
 At every step t each of the two models samples its own candidate for the next token, under its own prompt x and after the
 same text y_<t. The handoff (tandem.py) decides who is active, and keeps that model's candidate (West et al., 2025):
 
-    y_t^senior ~ pi_senior( . | x_senior, y_<t ; T)        y_t = y_t^senior if the senior is active after the toss, if any
+    y_t^senior ~ pi_senior( . | x_senior, y_<t ; T)        y_t = y_t^senior if the senior is active (after a possible toss)
     y_t^junior ~ pi_junior( . | x_junior, y_<t ; T)              y_t^junior otherwise
 
     symbol                  variable
@@ -16,9 +16,9 @@ The file begins with the algorithm for a single rollout, without a cache and wit
 batch: preallocated key-value caches, finished rows that leave the batch, and one forward pass for both models where the
 junior is the senior's own base. A test checks that the two agree, token by token.
 
-All random numbers are drawn in advance: one per row, step and model for sampling, and one per row and possible toss for the
-coins. So, up to rounding, a row's text does not depend on which other rows are in the batch, and the senior samples with
-the same numbers in its solo and its joint rollouts. There is no top-k or top-p sampling here, because the loss computes
+All random numbers are drawn in advance: for sampling one per row, step and model, and for the coins one per row and step.
+So, up to rounding, a row's text does not depend on which other rows are in the batch, and the senior samples with the same
+numbers in its solo rollouts (p = 1) and in joint ones (p < 1). There is no top-k or top-p sampling here, because the loss computes
 log-probabilities under the full softmax.
 """
 
@@ -66,7 +66,7 @@ class Rollouts:
     # (B, C), 1 where the senior wrote the token.
     senior_mask: torch.Tensor
     # (B, C), the senior's log-probability of every written token, the junior's tokens included, at the sampling temperature.
-    # All 0 if the senior was never run (p = 0). They have no gradient and serve as diagnostics.
+    # All 0 if the senior was never run (p = 0). They have no gradient and are not used by the loss.
     logprobs: torch.Tensor
     # The B completions as text, without special tokens.
     texts: list[str]
@@ -129,8 +129,8 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
 def random_numbers(batch: int, max_new_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(noise (2, C, B), coins (C, B)), uniform in [0, 1): for sampling by the two models, and for the coins.
 
-    Two generators, so that the random numbers for sampling are the same whatever p is. The steps C come first, because a step
-    reads one row of each. (torch's CPU generator keeps 32 bits of its seed, so 2 * seed + 1 must stay below 2**32.)
+    Two generators, with the seeds 2 * seed and 2 * seed + 1, so that the random numbers for sampling are the same whatever p is.
+    (torch's CPU generator keeps 32 bits of its seed, so 2 * seed + 1 must stay below 2**32.)
     """
     for_tokens, for_coins = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
     noise = torch.rand(2, max_new_tokens, batch, generator=for_tokens)
@@ -183,7 +183,7 @@ def rollout(
     *_prompts: left-padded (ids, mask), (B, P) each; P may differ. noise (2, C, B) and coins (C, B): see random_numbers.
     p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the senior never is. The
     models must not use dropout (lab/models.py turns it off). Raises ValueError if the numbers of prompts differ, and
-    FloatingPointError if a model's logits are not finite: it would otherwise look like a weak model.
+    FloatingPointError if a model's logits are not finite: without that error the model would merely look weak.
     """
     batch, max_new_tokens, device = len(senior_prompts[0]), len(coins), senior_prompts[0].device
     if len(junior_prompts[0]) != batch:
@@ -198,12 +198,13 @@ def rollout(
         logits_by_role = [logits for decoder in decoders for logits in decoder.logits]  # (B, V) per role
         samples = [sample(logits, noise[role, t, buffer.rows], temperature) for role, logits in zip(roles, logits_by_role)]
         buffer.note_broken(t, roles, samples)
-        # 2. The handoff keeps one of the two. If only one model takes part, its sample is passed as both.
+        # 2. The handoff keeps one of the two. If only one model takes part, its sample stands for both: at p = 0 senior_ids are the
+        # junior's ids.
         (senior_ids, senior_logprobs), (junior_ids, _) = samples[0], samples[-1]
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
         # 3. Tokens and authors are recorded. A finished row goes on sampling until it is dropped; its tokens are masked here.
         buffer.append(t, ids, by_senior, senior_logprobs if SENIOR in roles else None)
-        # 4. From time to time, finished rows are dropped from the batch.
+        # 4. Every few steps, finished rows are dropped from the batch, if there are enough of them.
         index = buffer.rows_to_keep(t)
         if index is not None:
             if len(index) == 0:
@@ -320,7 +321,7 @@ class RolloutBuffer:
     def note_broken(self, t: int, roles: list[int], samples: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Note the first step at which a model's logits were not finite; `finish` raises. Looking now would cost a wait per step."""
         for role, (_, logprobs) in zip(roles, samples):
-            # A single NaN or infinite logit makes the log-probabilities of its whole row NaN.
+            # A single NaN or +inf among the logits makes the log-probabilities of its whole row NaN.
             broken = logprobs[:, 0].isnan().any() & (self.first_broken[role] > t)
             self.first_broken[role] = torch.where(broken, t, self.first_broken[role])
 
@@ -418,8 +419,8 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
     """End every completion before the text `stop`: the token in which it begins, and all after it, become padding.
 
     A model that was shown solved examples may continue after its answer by inventing another question. The verifier does
-    not see it, and it is masked out of the loss and of all counts of tokens, so that running on is not reinforced. (Nor is
-    it discouraged: a completion that is cut off has no end token.)
+    not see that text, which is masked out of the loss and of all counts of tokens, so that running on is not reinforced.
+    (Running on is not discouraged either, since the loss of such a completion has no end token.)
     """
     mask = rollouts.completion_mask.clone()  # (B, C)
     for row in range(len(rollouts)):

@@ -3,15 +3,15 @@
     python run_gsm8k.py --setting skill                 # the senior drops its jargon (Figures 1 and 2)
     python run_gsm8k.py --setting language              # senior and junior speak different languages (Figures 2 and 3)
     python run_gsm8k.py --setting granularity           # how often a coin is tossed, and how biased it is
-    python run_gsm8k.py --setting control               # is it the reward, or imitation of the junior?
+    python run_gsm8k.py --setting control               # what removes the jargon: the reward, or imitation of the junior?
     python run_gsm8k.py --setting sweep                 # the weights of wrong rollouts and of the junior's tokens (Appendix E)
-    python run_gsm8k.py --setting pressure              # GRPO without the junior's tokens: does the reward alone remove jargon?
+    python run_gsm8k.py --setting pressure              # GRPO on the senior's tokens only: does the reward alone remove jargon?
     python run_gsm8k.py --setting rlvr                  # Tandem RL (Jiao et al., 2026): both models start from the same base
     python run_gsm8k.py --setting all --seeds 3         # everything, as in results/tiny; continue with --resume
 
-Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the paper's two Llama-2-7B
-in 4 bits on the real GSM8K; add --preset tiny for the tiny one. One update, as `train` does it below (B rollouts, C tokens
-per completion; x are the prompts, y_t is token t):
+Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the first paper's pair, two
+Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. One update, as `train` does it below
+(B rollouts, C tokens per completion; x are the prompts, y_t is token t):
 
     problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin        rollout.py, tandem.py
              └ x_junior ─ junior ┘ names the active model; its proposal is written
@@ -20,7 +20,7 @@ per completion; x are the prompts, y_t is token t):
     weights x log pi_senior (B, C) ─> loss ─> one LoRA step ─> one row of metrics.jsonl ─> figures
 
 What we know of the papers, their figures and appendices comes from secondary sources; we had no access to their full texts.
-Deviations from the first one:
+Deviations from the first paper:
 
 1) Without a GPU, the models are a shipped Llama of half a million parameters and the problems are generated, so that the
    effect shows within minutes. --preset paper has the paper's models and problems.
@@ -33,10 +33,11 @@ What the paper leaves open is marked `# Open in paper:` where it is decided, and
 
 A *setting* is a list of arms, and an *arm* is a set of flags. For each seed, all arms with the same senior language start
 from the same *specialist*: the senior after fine-tuning on annotated solutions (<<48/2=24>>). The junior gets no such
-fine-tuning. (The paper's senior is a specialist already.) What a run leaves on disk is described in lab/runs.py.
+fine-tuning. (The first paper's senior is a specialist already. The arms of Tandem RL have none: there the senior starts as
+a copy of its junior.) What a run leaves on disk is described in lab/runs.py.
 """
 
-# ruff: noqa: I001  `lab` comes first: it sets how OpenMP threads wait, which torch reads when it is imported
+# ruff: noqa: I001  `lab` comes first: it sets an environment variable that torch reads when it is imported
 import lab  # noqa: F401
 import argparse
 import sys
@@ -78,7 +79,7 @@ LONG = {"updates": 80, "eval_every": 8}
 GRPO = LONG | {"algorithm": "grpo"}
 RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True, "specialist_steps": 0, "handoff": "redraw"}
 
-# Every arm, with the flags in which it differs from the command line. Settings share arms: a run of an arm is stored once.
+# Every arm, with the flags in which it differs from the command line. Settings may share an arm, whose runs are then made and stored once.
 ARMS: dict[str, dict] = {
     "tandem": {},
     # Standard RL: the senior writes its training rollouts alone. The control of most figures.
@@ -107,8 +108,9 @@ ARMS: dict[str, dict] = {
     # Tandem RL: senior and junior begin as the same model, and the rollouts are the only difference between the first two.
     "rlvr-tandem": RLVR,
     "rlvr-solo": RLVR | {"solo": True},
-    # Two controls: solo training that is held near the junior, and one that has as many rollouts as tandem training has writers.
-    # The coefficient is far above the paper's 0.001, which would hardly be felt in 60 updates.
+    # Two controls: solo training that is held near the junior, and solo training with 16 rollouts per problem instead of 8, since
+    # two models sample every token of a tandem rollout.
+    # The coefficient is far above that of Jiao et al., 0.001, which would hardly be felt in 60 updates.
     "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.5},
     "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch": 304},
 }
@@ -210,7 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # The preset is read first, so that --help shows its defaults. (An unknown one is reported by the real parser.)
     only_preset.add_argument("--preset", default=parser.get_default("preset"))
     parser.set_defaults(**PRESETS.get(only_preset.parse_known_args(argv)[0].preset, {}))
-    # Standard RL is the matter of an arm. As a flag, --solo would turn a tandem arm into another one.
+    # Solo training is set by arms only. As a flag, --solo would turn a tandem arm into another one.
     parser.set_defaults(solo=False)
     args = parser.parse_args(argv)
     # Checks beyond the range of a single flag, which its type has checked.
@@ -228,14 +230,17 @@ def arms_of(setting: str) -> list[str]:
 
 def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The flags of every run that the command line asks for."""
-    seeds = range(args.seed, args.seed + args.seeds)
-    return [flags_of_run(args, arm, seed) for seed in seeds for arm in args.arms or arms_of(args.setting)]
+    arms = args.arms or arms_of(args.setting)
+    if args.setting == "all" and args.senior != args.junior:
+        # In Tandem RL both start as the same model.
+        arms = [arm for arm in arms if arm not in SETTINGS["rlvr"]]
+    return [flags_of_run(args, arm, seed) for seed in range(args.seed, args.seed + args.seeds) for arm in arms]
 
 
 def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argparse.Namespace:
     """The flags of one run: the command line, overridden by those of its arm."""
     run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | more | {"arm": arm, "seed": seed})
-    # The length of a run is a default of its arm: --updates replaces it.
+    # The length of a run is a default of its arm: --updates, or a preset, replaces it.
     if args.updates is not None:
         run.updates = args.updates
     elif run.updates is None:
@@ -260,7 +265,8 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
     senior, parameters = pair.senior, models.trainable_parameters(pair.senior)
     # Open in paper: the optimizer. We use AdamW without weight decay, a constant learning rate and gradient clipping.
     optimizer = (PagedAdamW8bit if args.eight_bit_adam else torch.optim.AdamW)(parameters, lr=args.lr, weight_decay=0.0)
-    # All runs share one model, and a run that was stopped midway may have left a gradient in it.
+    # All runs of a process share one model. make_specialist has reset its weights, but a run that was stopped midway may have
+    # left a gradient.
     optimizer.zero_grad()
     runs.write_config(args)
     last_update = runs.load_checkpoint(runs.run_folder(args), senior, optimizer)
@@ -286,7 +292,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
             order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(args.seed * 10**6 + update))
             rewards = rewards[order.to(args.device)]
         # 4. Weights (B, C). REINFORCE: 1 for tokens of right rollouts and c for those of wrong ones. GRPO: the advantage within
-        # the group. Both times j for the tokens of the junior.
+        # the group. Either is multiplied by j at the tokens of the junior.
         grpo = args.algorithm == "grpo"
         w = group_advantages(rewards, args.rollouts_per_prompt) if grpo else outcome_weights(rewards, args.wrong_weight)  # (B,)
         weights = token_weights(rollouts, w, args.junior_weight)
@@ -299,7 +305,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         for _ in range(args.inner_steps if parts else 0):
             loss = 0.0
             for i, (part, part_weights) in enumerate(parts[parallel.process_index() :: parallel.world_size()]):  # of this process
-                # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts that have a weight.
+                # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts with a weight other than 0.
                 logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
                 objective = part_weights * logprobs  # (b, C)
                 if grpo:
@@ -329,13 +335,13 @@ def generate(
 
     schedule: another one than --handoff. alternate: senior and junior take turns, the senior first, instead of tossing coins.
 
-    Seeds are seed * 10**6 + update in training and 10**9 + seed in evaluations, so that the batches of a run never share
-    their random numbers with each other or with its evaluations (--seed is at most 499 for that reason).
+    Seeds are seed * 10**6 + update in training, and 10**9 + seed and more in evaluations, so that the batches of a run never
+    share their random numbers with each other or with its evaluations. (--seed is at most 499, so that the former stay below.)
     """
     # Random numbers belong to rows of the whole batch, so the rollouts do not depend on the number of processes.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
     if alternate:
-        # The k-th toss of a rollout uses coin k, and coins below p = 0.5 name the senior.
+        # The k-th toss of a rollout uses coin k. Coins are 0, 1, 0, 1, ..., so that 0 names the senior at any p.
         coins = (torch.arange(args.max_new_tokens) % 2).float()[:, None].expand(-1, len(problems))
     rows = parallel.share(list(range(len(problems))))
     texts = tasks.prompts_of_pair([problems[row] for row in rows], args, pair.junior_tokenizer)
@@ -363,15 +369,15 @@ def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, he
 # Evaluation
 
 # Who writes in an evaluation: the senior alone (p = 1), both together, the junior alone (p = 0). Both together means with
-# the arm's own p and schedule. Seniors that were trained alone are evaluated together with the junior too (p = 0.5, word):
-# that comparison is the point.
+# the arm's own p and schedule. A senior that was trained alone is evaluated together with the junior too, to be compared
+# with one that was trained in tandem.
 WRITERS = ("senior", "tandem", "junior")
 # Rollouts per evaluation that are kept as text.
 SAMPLES = 4
 
 
 def evaluate(update: int, args: argparse.Namespace, pair: Pair, problems: list[tasks.Problem]) -> dict:
-    """Evaluate each of --evaluate on held-out problems: {"senior": {...}, ...}. The first rollouts go to samples.jsonl."""
+    """Evaluate the writers that --evaluate names on held-out problems: {"senior": {...}, ...}. The first rollouts go to samples.jsonl."""
     results = {}
     for who, p in zip(WRITERS, (1.0, args.p, 0.0)):
         # The junior is frozen, so it is evaluated once.
@@ -454,7 +460,7 @@ def train_in_own_process(args: argparse.Namespace) -> None:
 
 
 def confirm_sweep(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The best cell of the sweep and the main setting (c = 0, j = 1), on test problems and with seeds that the sweep did not use."""
+    """The best cell of the sweep and the paper's main one (c = 0, j = 1), on test problems and with seeds that the sweep did not use."""
     best = figures.best_cell(Path(args.out))
     # The best cell may be the main setting. There is none if every run diverged.
     cells = dict.fromkeys([(0.0, 1.0), best]) if best else {}

@@ -3,11 +3,11 @@
 In tandem training (West et al., 2025) a trained *senior* and a frozen, weaker *junior* write one solution together. At
 every step both models sample a candidate for the next token, each under its own prompt. One of them is *active*. If the
 active model's candidate opens a new word, a coin is tossed, which names who is active from then on: the senior with
-probability p, else the junior. Then the candidate of the model that is active now is written, and it is recorded as the
-author. A trace with p = 0.5, token by token:
+probability p, else the junior. The model that is now active contributes its own candidate and is recorded as the author.
+A trace with p = 0.5, token by token:
 
-    active    senior's   junior's   active model's       coin     written    author
-    before    sample     sample     opens a word?
+    active    senior's   junior's   does the active      coin     written    author
+    before    sample     sample     sample open a word?
     -         "Tom"      "He"       yes (first token)    senior   "Tom"      senior
     senior    "my"       " has"     no                   -        "my"       senior
     senior    " sells"   " has"     yes                  junior   " has"     junior    (" sells" is discarded)
@@ -20,13 +20,14 @@ There are five schedules, which differ in when the coin is tossed:
     token       before every token
     word        before a token that opens a word (the paper's, and the default)
     sentence    before a token that begins a sentence or a line
-    paragraph   before a token that begins a line (the paragraphs of a GSM8K solution are its lines)
+    paragraph   before a token that begins a line (a GSM8K solution has one paragraph per line)
     redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
 
 In the third row of the trace the senior was active, and its own sample " sells" caused the toss, but is not part of the
-text. (The token that is then written need not open a word itself: had the junior sampled "s", the text would be "Tommys".)
-The senior's weights decide how often it proposes such a token. That choice shapes the text too, but its log-probability is
-not in a loss over written tokens, so the policy gradient is only approximate under `word`, `sentence` and `paragraph`.
+text. (The token that is written after a toss need not open a word itself: had the junior sampled "s" in the third row, the
+text would be "Tommys".) How often the senior proposes a token that opens a word depends on its weights and influences the
+text, but the log-probability of a discarded proposal is not in a loss over written tokens. Therefore the policy gradient is
+only approximate under `word`, `sentence` and `paragraph`.
 Under `token` and `redraw` the tosses depend only on text that is already written, and the gradient is exact.
 tests/test_gradients.py checks both by enumerating every path of a small pair of models.
 
@@ -55,8 +56,8 @@ OTHER, WORD, EXTENDER, JOINER, FLAG = range(5)
 def character_class(character: str) -> int:
     """WORD for letters and decimal digits, which join into words. OTHER for what stands alone: punctuation, symbols, spaces.
 
-    Punctuation never joins, so "don't" has a boundary on either side of its apostrophe, and in <<48/2=24>> nearly every
-    token may be the other model's first. Ideographs and kana are letters to Unicode, but each of them counts as a word of
+    Punctuation never joins, so "don't" has a boundary on either side of its apostrophe, and in <<48/2=24>> a
+    handoff is possible before nearly every token. Ideographs and kana are letters to Unicode, but each of them counts as a word of
     its own, because Chinese and Japanese are written without spaces.
 
     The other three keep visible characters whole. An EXTENDER belongs to the character before it: combining marks and vowel
@@ -93,8 +94,8 @@ def opens_word(before: str, piece: str) -> bool:
 
     It does unless its first character joins the last one of the text (extenders at the end of the text are looked through).
     The first token opens a word. If the text ends in an incomplete UTF-8 character (U+FFFD after decoding), no token opens
-    one, because the character would be split. Otherwise the end token, which has no text, opens one, so a coin also decides
-    who may end the text.
+    one, because the character would be split. The end token, which has no text, opens a word too (unless the text ends in an
+    incomplete character), so a coin also decides who may end the text.
 
     >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/"), opens_word("/", "2")
     (True, False, True, True)
@@ -149,12 +150,12 @@ def next_token(before: str, active: str | None, senior_sample: str, junior_sampl
 
 @dataclass
 class BoundaryTables:
-    """What the schedules need to know about each token: tensors of shape (V,), boolean but for the first two and `missing_bytes`."""
+    """What the schedules need to know about each token: tensors of shape (V,), boolean unless said otherwise."""
 
-    first_class: torch.Tensor  # the class of the token's first character
-    last_class: torch.Tensor  # the class of its last character that is not an extender (see last_class)
-    continues_character: torch.Tensor  # it holds nothing but later bytes of a character that an earlier token began
-    missing_bytes: torch.Tensor  # bytes that its last character still needs; negative if it only supplies such bytes
+    first_class: torch.Tensor  # integer: the class of the token's first character
+    last_class: torch.Tensor  # integer: the class of its last character that is not an extender (see last_class)
+    continues_character: torch.Tensor  # it consists of UTF-8 continuation bytes only, for a character that an earlier token began
+    missing_bytes: torch.Tensor  # integer: bytes that its last character lacks; minus its length if it has continuation bytes only
     starts_space: torch.Tensor  # it begins with a space, as " sold" does
     starts_blank: torch.Tensor  # it begins with white space of any kind, or is a special token
     ends_blank: torch.Tensor  # it ends in white space, or in a full-width sentence mark, after which no space is needed
@@ -233,9 +234,9 @@ def _table_row(piece: bytes) -> dict[str, bool | int]:
 def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
     """One token as (text, continues_character, missing_bytes). A token need not be valid UTF-8.
 
-    Of an incomplete character at the end only the first bytes are known, so it is taken for a typical one that begins so.
-    In most scripts these bytes decide its class. Exceptions, such as × (which begins like é), matter only where a tokenizer
-    splits them.
+    If the last character is incomplete, a typical character with the same leading bytes stands in for it. In most scripts the
+    leading bytes determine the class. Exceptions, such as × (which begins like é), matter only where a tokenizer splits
+    them.
     """
     # Leading continuation bytes (0x80 to 0xBF) complete the character of an earlier token.
     own = piece.lstrip(bytes(range(0x80, 0xC0)))
@@ -252,7 +253,7 @@ def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
 
 @cache
 def typical_character(first_bytes: bytes, missing: int) -> str:
-    """A character that begins with these bytes and needs `missing` more: one of the most frequent class among the assigned ones."""
+    """A character that begins with these bytes and needs `missing` more: a member of the commonest class of them."""
     by_class: dict[int, list[str]] = {}
     # With three bytes missing, every eighth value of each byte is enough.
     for rest in product(range(0x80, 0xC0, 8 if missing == 3 else 1), repeat=missing):
@@ -294,12 +295,14 @@ def before_a_paragraph(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
 
 def after_a_space(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """Tandem RL's redraw, which depends on written text only. After " so" the next writer may continue the word with "ld"."""
+    """Tandem RL's redraw: after a token that begins with a space. It depends on written text only. After " so" the next writer
+    may continue the word with "ld".
+    """
     return state.after_space | (state.since_toss >= state.max_gap)
 
 
 def _begins_after_blank(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    """Whether the sample is visible text with white space before it, as a new sentence or line needs."""
+    """Whether the sample is more than white space and has white space before it, as a new sentence or line needs."""
     return ~state.tables.is_blank[samples] & (state.after_blank | state.tables.starts_blank[samples])
 
 
@@ -318,8 +321,8 @@ SCHEDULES: dict[str, Callable[["Handoff", torch.Tensor], torch.Tensor]] = {
 class Handoff:
     """The state of B unfinished rollouts: who is active in each, and what its text ends in.
 
-    coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and names the senior where
-    it is below p. Coins are drawn separately from the numbers for sampling, so the number of tosses never changes a sample.
+    coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and selects the senior
+    if the coin is below p. Coins are drawn separately from the numbers for sampling, so an extra toss does not shift those.
     Raises ValueError for an unknown schedule or a p outside [0, 1].
     """
 
@@ -336,7 +339,7 @@ class Handoff:
         no, zero = torch.zeros(batch, dtype=torch.bool, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         # Which columns of the coins belong to the rows that are still in the batch.
         self.rows = torch.arange(batch, device=device)
-        # At the start nobody is active; the toss that at_start forces decides, whatever senior_active says.
+        # At the start nobody is active: the forced first toss overwrites senior_active.
         self.at_start, self.senior_active = ~no, no
         # Coins used so far, and tokens written since the last toss (the token that it was tossed for included).
         self.num_tosses, self.since_toss = zero, zero
@@ -361,7 +364,7 @@ class Handoff:
         self.senior_active = torch.where(toss, coin, self.senior_active)
         self.num_tosses = self.num_tosses + toss
         self.since_toss = torch.where(toss, 0, self.since_toss)
-        # 3. The active model's candidate is written; the other one is discarded.
+        # 3. The model that is active now writes its candidate; the other candidate is discarded.
         written = torch.where(self.senior_active, senior_ids, junior_ids)
         self._record(written)
         return written, self.senior_active
@@ -373,7 +376,7 @@ class Handoff:
         # The class stays if the token only extends the last character, or only completes it: then its first bytes decided.
         last = tables.last_class[written]
         self.last_class = torch.where(continues | (last == EXTENDER), self.last_class, last)
-        # A token with nothing but later bytes of a character lowers the count; any other token starts a new one.
+        # A token of continuation bytes lowers the number of missing bytes; any other token resets it.
         still_missing = torch.where(continues, self.missing_bytes, 0)
         self.missing_bytes = (still_missing + tables.missing_bytes[written]).clamp(min=0)
         self.after_space, self.after_blank = tables.starts_space[written], tables.ends_blank[written]

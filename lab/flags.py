@@ -55,7 +55,9 @@ ALGORITHM_OF = {"inner_steps": "grpo", "clip_ratio": "grpo", "kl": "grpo", "wron
 
 
 def check_arms(parser: argparse.ArgumentParser, args: argparse.Namespace, arms: list[str]) -> None:
-    """--arms must name arms of the setting, each once."""
+    """--arms must name arms of the setting, each once. The setting rlvr needs one model for both."""
+    if args.setting == "rlvr" and args.senior != args.junior:
+        parser.error("--setting rlvr: senior and junior start as one model: give --junior the value of --senior")
     chosen = args.arms or arms
     unknown = sorted(set(chosen) - set(arms))
     if unknown:

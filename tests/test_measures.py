@@ -125,7 +125,7 @@ def test_the_bootstrap_sees_seeds_and_problems():
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(1200), rel=0.15)
     same = np.concatenate([half, half], 2)
     assert bootstrap_interval(same, lambda means: means[0] - means[1]) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="none of them 0"):
+    with pytest.raises(ValueError, match="all of them at least 1"):
         bootstrap_interval(np.ones((0, 4, 1)))
 
 

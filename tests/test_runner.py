@@ -518,6 +518,7 @@ def test_a_killed_process_is_named(monkeypatch, tmp_path):
         ("--setting skill --algorithm grpo --rollouts-per-prompt 1", "--rollouts-per-prompt 1: GRPO compares the rollouts of a prompt"),
         ("--setting pressure --batch 100", "--batch 100 is not divisible by --rollouts-per-prompt 8 .arm grpo-tandem"),
         ("--setting pressure --arms grpo-tandem --algorithm grpo", "--algorithm: no effect on grpo-tandem"),
+        ("--setting rlvr --preset paper", "--setting rlvr: senior and junior start as one model"),
         ("--setting skill --algorithm ppo", "invalid choice: 'ppo'"),
         ("--setting skill --kl nan --algorithm grpo", "--kl: nan: must be a finite number"),
     ],
