@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
-from lab import figures
+from lab import curves, figures
 
 FLAGS = {"handoff": "word", "p": 0.5, "solo": False, "senior_language": "en", "junior_language": "en"}
 PNG = b"\x89PNG"
@@ -53,7 +53,8 @@ def drawn(monkeypatch):
         found[path.name] = figure
         return path
 
-    monkeypatch.setattr(figures, "save", keep)
+    for module in (curves, figures):
+        monkeypatch.setattr(module, "save", keep)
     yield found
     plt.close("all")
 
@@ -70,19 +71,19 @@ def test_pooling(tmp_path):
     """Two seeds, 3 of 4 and 1 of 4: pooled 4 of 8, with the Wilson interval of 8. A language in which nobody wrote is 0 of 8."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1.0, 0.0))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1.0, 0.0))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    (point,) = figures.pooled(seeds, "senior", "accuracy")
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    (point,) = curves.pooled(seeds, "senior", "accuracy")
     assert (point.update, point.value) == (0, 50)
     assert (point.low, point.high) == pytest.approx((21.52, 78.48), abs=1e-2)
-    assert figures.pooled(seeds, "senior", "languages.de")[0].value == 75
-    assert figures.pooled(seeds, "senior", "languages.fr")[0][:3] == (0, 0, 0)
+    assert curves.pooled(seeds, "senior", "languages.de")[0].value == 75
+    assert curves.pooled(seeds, "senior", "languages.fr")[0][:3] == (0, 0, 0)
 
 
 def test_only_evaluations_of_every_seed_are_pooled(tmp_path):
     write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1), (1, 1, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (1, 1, 1))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    assert [[point.update for point in figures.pooled(some, "senior", "accuracy")] for some in (seeds, seeds[:1])] == [[0], [0, 4]]
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    assert [[point.update for point in curves.pooled(some, "senior", "accuracy")] for some in (seeds, seeds[:1])] == [[0], [0, 4]]
 
 
 def test_only_arms_that_evaluated_all_three_are_read(tmp_path):
@@ -90,7 +91,7 @@ def test_only_arms_that_evaluated_all_three_are_read(tmp_path):
     write_arm(tmp_path, "solo")
     row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0}}}
     (tmp_path / "solo" / "seed-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert list(figures.read_runs(tmp_path, ["solo", "tandem", "absent"])) == ["tandem"]
+    assert list(curves.read_runs(tmp_path, ["solo", "tandem", "absent"])) == ["tandem"]
 
 
 def test_the_best_cell_of_the_sweep(tmp_path):
@@ -110,16 +111,16 @@ def test_the_best_cell_of_the_sweep(tmp_path):
 def test_updates_until(tmp_path):
     """Jargon 100, 50, 0 %: under 60 at update 4, under 5 at 8, under 0 never."""
     write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1), (1, 0.5, 1), (1, 0, 1))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    assert [figures.updates_until(seeds, level) for level in (60, 5)] == [4, 8]
-    assert figures.updates_until(seeds, 0) != figures.updates_until(seeds, 0)  # nan
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    assert [curves.updates_until(seeds, level) for level in (60, 5)] == [4, 8]
+    assert curves.updates_until(seeds, 0) != curves.updates_until(seeds, 0)  # nan
 
 
 def test_table(tmp_path):
     """Two seeds: the senior's accuracy 4 of 8, then 6 of 8 (2 and 4 of 4); 4 evaluations of half a minute: 1.0 minutes per seed."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1, 0), (1.0, 0, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1, 0), (0.5, 0, 1))
-    head, _, row = figures.table(figures.read_runs(tmp_path, ["tandem"])).splitlines()
+    head, _, row = figures.table(curves.read_runs(tmp_path, ["tandem"])).splitlines()
     assert head.endswith("| language | minutes per seed |")
     assert row == (
         "| tandem | 2 | 4 | 50.0 → 75.0 [40.9, 92.9] (50.0–100.0) | 100.0 → 0.0 [0.0, 32.4] (0.0–0.0) "
@@ -132,18 +133,18 @@ def test_an_added_metric_has_a_column_and_can_be_drawn(tmp_path):
     for seed, perplexity in enumerate((120.0, 130.0)):
         write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity)
     write_arm(tmp_path, "solo")
-    runs = figures.read_runs(tmp_path, ["tandem", "solo"])
+    runs = curves.read_runs(tmp_path, ["tandem", "solo"])
     head, _, tandem, solo = figures.table(runs).splitlines()
     assert head.endswith("| minutes per seed | perplexity |")
     assert tandem.endswith("| 125 → 125 |")
     assert solo.endswith("| – |")
     figure, ax = plt.subplots()
-    figures.draw_curve(ax, runs["tandem"], "senior", "perplexity", figures.STYLES[0], "mine")
+    curves.draw_curve(ax, runs["tandem"], "senior", "perplexity", curves.STYLES[0], "mine")
     assert [list(line.get_ydata()) for line in ax.lines] == [[120, 120], [130, 130], [125, 125]]
     assert len(ax.collections) == 0
     assert ax.get_ylim()[1] > 130
     with pytest.raises(ValueError, match="acuracy"):
-        figures.draw_curve(ax, runs["tandem"], "senior", "acuracy", figures.STYLES[0], "a typing error")
+        curves.draw_curve(ax, runs["tandem"], "senior", "acuracy", curves.STYLES[0], "a typing error")
     plt.close(figure)
 
 
@@ -180,7 +181,7 @@ def test_equal_schedules_share_a_label(tmp_path, drawn):
 
 
 def test_more_arms_than_styles_are_all_drawn(tmp_path, drawn):
-    arms = [f"arm-{i}" for i in range(len(figures.STYLES) + 2)]
+    arms = [f"arm-{i}" for i in range(len(curves.STYLES) + 2)]
     for arm in arms:
         write_arm(tmp_path, arm, handoff=arm)
     figures.draw(tmp_path, "skill", arms)
