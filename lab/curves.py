@@ -54,12 +54,23 @@ def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
     """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training."""
     runs: Runs = {}
     for arm in arms:
-        files = [path / "metrics.jsonl" for path in seed_folders(folder, arm)]
-        # A run that has just begun has an empty file.
-        seeds = [rows for rows in (read_rows(path) for path in files if path.is_file()) if rows]
-        if seeds and all({"senior", "tandem", "junior"} <= set(rows[0].get("eval", {})) for rows in seeds):
+        seeds = list(read_seeds(folder, arm, "metrics.jsonl").values())
+        if seeds and all(evaluated_all(rows) for rows in seeds):
             runs[arm] = seeds
     return runs
+
+
+def read_seeds(folder: str | Path, arm: str, file: str) -> dict[int, Rows]:
+    """{k: the rows of RUNS/<arm>/seed-<k>/<file>}, in the order of k."""
+    paths = [path / file for path in seed_folders(folder, arm)]
+    seeds = {int(path.parent.name.removeprefix("seed-")): read_rows(path) for path in paths if path.is_file()}
+    # A run that has just begun has an empty file.
+    return {seed: rows for seed, rows in seeds.items() if rows}
+
+
+def evaluated_all(rows: Rows) -> bool:
+    """Whether senior, tandem and junior were evaluated before training."""
+    return {"senior", "tandem", "junior"} <= set(rows[0].get("eval", {}))
 
 
 def read_flags(folder: str | Path, arm: str) -> dict:
@@ -168,13 +179,13 @@ def labels_and_styles(arms: Iterable[str], known: dict[str, str]) -> dict[str, t
     return {arm: (known.get(arm, arm), style) for arm, style in zip([*known, *unknown], cycle(STYLES))}
 
 
-def add_legend(ax: Axes, panels: Iterable[Axes], **options) -> None:
-    """In `ax`, a legend of all labels of the panels, each once."""
+def add_legend(place: Axes | Figure, panels: Iterable[Axes], **options) -> None:
+    """In `place`, a legend of all labels of the panels, each once."""
     entries: dict = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels()):
             entries.setdefault(label, handle)
-    ax.legend(entries.values(), entries.keys(), **options)
+    place.legend(entries.values(), entries.keys(), **options)
 
 
 def add_caption_and_save(figure: Figure, runs: Runs, path: Path, note: str = "") -> Path:
@@ -185,8 +196,12 @@ def add_caption_and_save(figure: Figure, runs: Runs, path: Path, note: str = "")
     else:
         caption = f"{' or '.join(map(str, counts))} seeds per arm: thin lines are single seeds, thick lines all seeds pooled."
     caption += f" Bands: 95 % Wilson intervals of the evaluation. {note}"
-    figure.supxlabel("\n".join(textwrap.wrap(caption, 135)), fontsize=7, color="#333333")
+    add_caption(figure, caption)
     return save(figure, path)
+
+
+def add_caption(figure: Figure, caption: str) -> None:
+    figure.supxlabel("\n".join(textwrap.wrap(caption, 135)), fontsize=7, color="#333333")
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -1,13 +1,15 @@
-"""Every figure and table, drawn from metrics.jsonl and samples.jsonl alone:  python -m lab.figures RUNS
+"""Every figure and table, drawn from the rows that runs have written, and from nothing else:  python -m lab.figures RUNS
 
-RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per update. A setting is a list of arms
-that are compared. Its figures are written to RUNS/figures/, each as PNG and as PDF:
+RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per update, samples.jsonl has some rollouts
+and measures.jsonl (with --measures) one number per problem. A setting is a list of arms that are compared. Its figures are written
+to RUNS/figures/, each as PNG and as PDF:
 
     skill         skill-figure1 (three rollouts of one problem), skill-figure2 (accuracy and jargon)
     language      language-figure2 (accuracy and jargon), language-figure3 (the language of the solutions), one column per pair
     granularity   granularity: jargon, accuracy and handoffs by schedule, and by the probability p of the senior
     control       control: is it the reward that changes the senior, or imitation?
     sweep         sweep: the weights c (of wrong rollouts) and j (of the junior's tokens)
+    pressure, pressure-language, rlvr      see lab/figures_rl.py
 
 How seeds are pooled, and what the intervals and the thin lines are, stands at the top of lab/curves.py.
 This file neither loads a model nor computes a metric.
@@ -18,6 +20,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import cycle, groupby
 from math import isnan, nan
 from pathlib import Path
@@ -48,6 +51,14 @@ from lab.curves import (
     save,
     updates_until,
     with_interval,
+)
+from lab.figures_rl import (
+    PRESSURE_ARMS,
+    figure_pressure,
+    figure_rlvr,
+    table_of_differences,
+    table_of_doses,
+    table_of_measures,
 )
 from lab.runs import read_rows, seed_folders
 from metrics import has_jargon
@@ -211,16 +222,16 @@ def title_of(pair: str) -> str:
     return f"{language_name(senior)} → {language_name(junior)}"
 
 
-def names_of(pairs: dict[str, Runs]) -> list[str]:
-    """The names of the arms of all pairs, each once: those of SKILL_ARMS first."""
+def names_of(pairs: dict[str, Runs], known: dict[str, str]) -> list[str]:
+    """The names of the arms of all pairs, each once: the known ones first."""
     names = dict.fromkeys(name for runs in pairs.values() for name in runs)
-    return [name for name in SKILL_ARMS if name in names] + [name for name in names if name not in SKILL_ARMS]
+    return [name for name in known if name in names] + [name for name in names if name not in known]
 
 
-def figure_2_languages(folder: Path, runs: Runs) -> Path:
+def figure_2_languages(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
     """Figure 2 where senior and junior speak different languages: one column per pair."""
     pairs = runs_by_pair(folder, runs)
-    labels = labels_and_styles(names_of(pairs), SKILL_ARMS)
+    labels = labels_and_styles(names_of(pairs, known), known)
     figure, axes = plt.subplots(2, len(pairs), figsize=(WIDTH, 3.8), layout="constrained", sharey=True, sharex=True, squeeze=False)
     for column, (pair, arms) in zip(axes.T, pairs.items()):
         column[0].set_title(title_of(pair))
@@ -231,7 +242,7 @@ def figure_2_languages(folder: Path, runs: Runs) -> Path:
     axes[1, 0].set_ylabel("solutions with jargon (%)")
     label_updates(axes)
     add_legend(axes[1, 0], axes.flat)
-    return add_caption_and_save(figure, runs, folder / "figures" / "language-figure2.png", PAIR_NOTE)
+    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure2.png", PAIR_NOTE)
 
 
 def label_updates(axes) -> None:
@@ -242,11 +253,12 @@ def label_updates(axes) -> None:
         ax.set_xlabel("updates")
 
 
-def figure_3(folder: Path, runs: Runs) -> Path:
+def figure_3(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
     """The languages of the senior's solutions against updates: one column per pair, one row for each way of training."""
     pairs = runs_by_pair(folder, runs)
-    names, languages = names_of(pairs), languages_to_draw(runs)
-    size = (WIDTH, 1.9 * len(names))
+    names, languages = names_of(pairs, known), languages_to_draw(runs)
+    # A single row needs room for its label.
+    size = (WIDTH, max(2.6, 1.9 * len(names)))
     figure, axes = plt.subplots(len(names), len(pairs), figsize=size, layout="constrained", sharey=True, sharex=True, squeeze=False)
     for column, (pair, arms) in zip(axes.T, pairs.items()):
         column[0].set_title(title_of(pair))
@@ -255,10 +267,10 @@ def figure_3(folder: Path, runs: Runs) -> Path:
                 for code, (language, style) in languages.items():
                     draw_curve(ax, arms[name], "senior", f"languages.{code}", style, language)
     for ax, name in zip(axes[:, 0], names):
-        ax.set_ylabel(f"{SKILL_ARMS.get(name, name)}:\nsolutions (%)")
+        ax.set_ylabel(f"{known.get(name, name)}:\nsolutions (%)")
     label_updates(axes)
     add_legend(axes[0, -1], axes.flat, loc="center right")
-    return add_caption_and_save(figure, runs, folder / "figures" / "language-figure3.png", PAIR_NOTE)
+    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure3.png", PAIR_NOTE)
 
 
 def languages_to_draw(runs: Runs) -> dict[str, tuple[str, Style]]:
@@ -561,17 +573,26 @@ def language_change(seeds: list[Rows]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Everything
 
+PRESSURE_LANGUAGE = {"known": PRESSURE_ARMS, "setting": "pressure-language"}
 FIGURES: dict[str, list[Callable[[Path, Runs], Path | None]]] = {
     "skill": [figure_1, figure_2],
     "language": [figure_2_languages, figure_3],
     "granularity": [figure_granularity],
     "control": [figure_control],
     "sweep": [figure_sweep],
+    "pressure": [figure_pressure],
+    "pressure-language": [partial(draw_figure, **PRESSURE_LANGUAGE) for draw_figure in (figure_2_languages, figure_3)],
+    "rlvr": [figure_rlvr],
+}
+# What is printed after the table of a setting.
+TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
+    "pressure": [table_of_doses],
+    "rlvr": [table_of_measures, table_of_differences],
 }
 
 
 def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its table.
+    """Draw the figures of one setting into folder/figures/ and print its tables.
 
     Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
     """
@@ -584,7 +605,8 @@ def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
     for arm in arms_in(folder):
         if arm in arms and arm not in runs:
             print(f"{folder / arm} is left out: not every seed has evaluated senior, junior and both together")
-    print(table(runs))
+    further = [make_table(folder, runs) for make_table in TABLES.get(setting, [])]
+    print("\n\n".join([table(runs), *filter(None, further)]))
     if setting not in FIGURES:
         print(f"{setting} has no figure: add a function to FIGURES in lab/figures.py")
     for draw_figure in FIGURES.get(setting, []):

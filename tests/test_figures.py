@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
-from lab import curves, figures
+from lab import curves, figures, figures_rl
 
 FLAGS = {"handoff": "word", "p": 0.5, "solo": False, "senior_language": "en", "junior_language": "en"}
 PNG = b"\x89PNG"
@@ -39,24 +39,27 @@ def write_samples(path, text, question, n=3):
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
 
 
+MEASURES = dict(solo=[1, 0], handoff=[1, 0], word=[1, 0], continued_25=[1, 0], continued_50=[1, 0], continued_75=[1, 0])
+MEASURES |= dict(legibility=[0.5, 0.3], drift=[0.2, 0.1], drift_k3=[0.2, 0.2])
+
+
+def write_measures(folder, *rows, updates=None, **flags):
+    """measures.jsonl for updates 0, 12, 24, ... of two problems each, with what the rows change in MEASURES.
+
+    `updates`: the number of updates in config.json, if the run has not finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last = 12 * (len(rows) - 1) if updates is None else updates
+    at_the_ends = {0: {"right_of_8": [8, 1]}, last: {"right_of_8": [8, 1]}}
+    lines = [{"update": 12 * i} | MEASURES | at_the_ends.get(12 * i, {}) | row for i, row in enumerate(rows)]
+    (folder / "measures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = FLAGS | {"updates": last, "problems": "generated", "validation": False} | flags
+    (folder / "config.json").write_text(json.dumps({"flags": flags}), encoding="utf-8")
+
+
 def write_arm(runs, arm, **flags):
     """One seed of an arm, with two evaluations, in which jargon goes from 100 to 50 %."""
     write_seed(runs / arm / "seed-0", (0.75, 1, 0.5), (0.5, 0.5, 0.75), flags=flags)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """{name of the file: figure} of all figures that a test draws. For speed they are not written."""
-    found = {}
-
-    def keep(figure, path):
-        found[path.name] = figure
-        return path
-
-    for module in (curves, figures):
-        monkeypatch.setattr(module, "save", keep)
-    yield found
-    plt.close("all")
 
 
 def labels_in(ax):
@@ -249,8 +252,12 @@ SETTINGS = {
     "granularity": ["token", "tandem", "p-0.25", "solo"],
     "control": ["tandem", "shuffled", "senior-only", "de-fr-tandem", "de-fr-shuffled", "de-fr-senior-only"],
     "sweep": ["c0-j0", "c0-j1", "c-0.5-j1"],
+    "pressure": ["grpo-tandem", "reinforce-j1"],
+    "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
+    "rlvr": ["rlvr-tandem", "rlvr-solo"],
 }
 FILES = ["skill-figure1", "skill-figure2", "language-figure2", "language-figure3", "granularity", "control", "sweep"]
+FILES += ["pressure", "pressure-language-figure2", "pressure-language-figure3", "rlvr"]
 
 
 def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
@@ -264,6 +271,11 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     write_arm(tmp_path, "test-c-0.5-j1")
     write_arm(tmp_path, "stray")
     write_samples(tmp_path / "tandem" / "seed-0" / "samples.jsonl", "3+4=", "How many?")
+    write_seed(tmp_path / "dose" / "0.02" / "grpo-tandem" / "seed-0", (0.75, 1, 0.25), (0.5, 0, 0.75))
+    for arm in SETTINGS["rlvr"]:
+        write_measures(tmp_path / arm / "seed-0", {}, {})
+    # The intervals take long and are tested elsewhere.
+    monkeypatch.setattr(figures_rl, "bootstrap_interval", lambda values, statistic: (0.0, 1.0))
     figures.main(str(tmp_path))
     printed = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
@@ -276,6 +288,9 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     assert all(f"| {arm} | 1 | 4 |" in printed for arms in SETTINGS.values() for arm in arms)
     assert "| test-c-0.5-j1 | 1 | 4 |" in printed
     assert "stray is in no setting" in printed
+    # The further tables stand below that of their setting, each after an empty line.
+    assert printed.count("\n\n| ") == 3
+    assert all(f"\n\n| {heading} | " in printed for heading in ("annotated", "arm | seeds | solo", "difference"))
 
 
 def test_the_sweep_says_what_became_of_each_cell(tmp_path, drawn):
