@@ -85,8 +85,10 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> torch.Tensor:
     """The weights w(y) * m_t of equations (1) and (5): (B, C), zero at padding. w: (B,), one weight per rollout.
 
-    Raises ValueError if w has another shape.
+    Raises ValueError if w has another shape, or if the masks contradict each other.
     """
+    if rollouts.senior_mask.shape != rollouts.completion_mask.shape or (rollouts.senior_mask > rollouts.completion_mask).any():
+        raise ValueError("senior_mask must have the shape of completion_mask, and mark no token that completion_mask does not")
     if w.shape != (len(rollouts),):
         raise ValueError(f"expected one weight per rollout, shape ({len(rollouts)},), got shape {tuple(w.shape)}")
     m = torch.where(rollouts.senior_mask.bool(), 1.0, junior_weight)  # (B, C), equation (3)
@@ -106,7 +108,11 @@ def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weight
 
 
 def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor) -> torch.Tensor:
-    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior)."""
+    """k3 of equation (6) for every token, (B, C): never negative, and on average the divergence KL(senior || junior).
+
+    As a part of the loss, its gradient is on average that of the other direction, KL(junior || senior). Both are least where
+    the two distributions are equal (Schulman, 2020, "Approximating KL Divergence").
+    """
     log_ratio = junior_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
 
@@ -170,6 +176,12 @@ def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.
     else:
         flat = FrozenOutputLayer.apply(head, states, targets, temperature)  # (N,)
     return torch.zeros(real.shape, dtype=flat.dtype, device=flat.device).masked_scatter(real, flat)
+
+
+@torch.no_grad()
+def frozen_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """completion_logprobs of a model that is not trained, (B, C)."""
+    return completion_logprobs(model, rollouts, temperature)
 
 
 class FrozenOutputLayer(torch.autograd.Function):

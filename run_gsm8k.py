@@ -39,7 +39,6 @@ fine-tuning. (The paper's senior is a specialist already.) What a run leaves on 
 # ruff: noqa: I001  `lab` comes first: it sets how OpenMP threads wait, which torch reads when it is imported
 import lab  # noqa: F401
 import argparse
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -49,12 +48,13 @@ from pathlib import Path
 import torch
 from bitsandbytes.optim import PagedAdamW8bit
 
-from lab import figures, measures, memory, models, parallel, runs, tiny
+from lab import figures, flags, measures, memory, models, parallel, runs, tiny
 from lab import problems as tasks
-from lab.flags import available_devices, given_flags, name, number
+from lab.flags import available_devices, name, number
 from lab.specialist import make_specialist
 from metrics import batch_statistics, count_handoffs, summarise
-from reinforce import clipped_objective, completion_logprobs, group_advantages, kl_estimate, micro_batches, outcome_weights, token_weights
+from reinforce import clipped_objective, completion_logprobs, frozen_logprobs, group_advantages, kl_estimate
+from reinforce import micro_batches, outcome_weights, token_weights
 from reward import reward
 from rollout import Pair, Rollouts, join, random_numbers, rollout_in_chunks
 from tandem import SCHEDULES
@@ -76,15 +76,7 @@ def in_languages(pair: str) -> dict:
 
 LONG = {"updates": 80, "eval_every": 8}
 GRPO = LONG | {"algorithm": "grpo"}
-RLVR = {
-    "algorithm": "grpo",
-    "updates": 60,
-    "eval_every": 12,
-    "specialist_steps": 0,
-    "handoff": "redraw",
-    "measures": True,
-    "eval_problems": 400,
-}
+RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True, "specialist_steps": 0, "handoff": "redraw"}
 
 # Every arm, with the flags in which it differs from the command line. Settings share arms: a run of an arm is stored once.
 ARMS: dict[str, dict] = {
@@ -116,7 +108,8 @@ ARMS: dict[str, dict] = {
     "rlvr-tandem": RLVR,
     "rlvr-solo": RLVR | {"solo": True},
     # Two controls: solo training that is held near the junior, and one that has as many rollouts as tandem training has writers.
-    "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.05},
+    # The coefficient is far above the paper's 0.001, which would hardly be felt in 60 updates.
+    "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.5},
     "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch": 304},
 }
 SETTINGS: dict[str, list[str]] = {
@@ -124,7 +117,7 @@ SETTINGS: dict[str, list[str]] = {
     "language": [f"{pair}-{arm}" for pair in LANGUAGE_PAIRS for arm in ("tandem", "solo")],
     "granularity": ["tandem" if schedule == "word" else schedule for schedule in SCHEDULES] + ["p-0.25", "p-0.75", "solo"],
     "control": ["tandem", "shuffled", "senior-only", "de-fr-tandem", "de-fr-shuffled", "de-fr-senior-only"],
-    "sweep": [arm for arm, flags in ARMS.items() if "wrong_weight" in flags],
+    "sweep": [arm for arm in ARMS if "wrong_weight" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
     "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
     "rlvr": [arm for arm in ARMS if arm.startswith("rlvr")],
@@ -207,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--micro-tokens", type=count, default=8192, help="tokens per forward pass of the update, prompts included")
     group.add_argument("--checkpointing", action=switch, default=False, help="gradient checkpointing: less memory, more time")
     group.add_argument("--eight-bit-adam", action=switch, default=False, help="paged 8-bit AdamW of bitsandbytes")
-    group.add_argument("--memory", type=positive, help="memory limit in GiB (default: the free memory of a GPU; no limit on a CPU)")
+    group.add_argument("--memory", type=positive, help="memory limit in GiB (default: the free memory of the GPU or the machine)")
     return parser
 
 
@@ -221,50 +214,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(solo=False)
     args = parser.parse_args(argv)
     # Checks beyond the range of a single flag, which its type has checked.
-    if args.p in (0, 1):
-        parser.error(f"--p {args.p:g}: one of the two models would never write. p = 1 is standard RL: choose an arm such as solo")
-    arms = arms_of(args.setting)
-    unknown = sorted(set(args.arms or ()) - set(arms))
-    if unknown:
-        parser.error(f"--arms {' '.join(unknown)}: not in --setting {args.setting}, whose arms are {', '.join(arms)}")
-    chosen = args.arms or arms
-    if len(set(chosen)) < len(chosen):
-        parser.error(f"--arms {' '.join(chosen)}: name every arm once")
-    if args.jobs is None:
-        # torch counts the cores, or what OMP_NUM_THREADS allows. Each job takes up to 1 GB.
-        cores = 1 if args.preset != "tiny" or args.device != "cpu" or "RANK" in os.environ else torch.get_num_threads()
-        args.jobs = min(cores, 4, len(runs_of(args)))
-    elif args.jobs > 1 and (args.device != "cpu" or "RANK" in os.environ):
-        parser.error(f"--jobs {args.jobs} is for runs on a CPU without torchrun: leave it out")
-    for run in runs_of(args):
-        check_run(run, parser, given_flags(parser, argv, args))
-    # Problems and prompts of a whole run are made before it begins.
-    most = max((args.updates or 80) * args.batch, args.eval_problems, args.specialist_steps * args.specialist_batch)
-    if most >= 10**6:
-        parser.error(f"{most} problems per run are too many: lower --updates, --batch, --eval-problems or --specialist-steps")
-    given = given_flags(parser, argv, args)
-    useless = [flag for flag in given if flag != "updates" and all(flag in ARMS[arm] for arm in chosen)]
-    if "shots" in given and all(run.senior_language == run.junior_language for run in runs_of(args)):
-        useless.append("shots")
-    if useless:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in useless)
-        parser.error(f"{flags}: no effect on {', '.join(chosen)}. Leave it out, or choose other --arms")
+    flags.check_arms(parser, args, arms_of(args.setting))
+    args.jobs = flags.number_of_jobs(parser, args, len(runs_of(args)))
+    flags.check_together(parser, argv, args, runs_of(args), ARMS)
     return args
-
-
-GRPO_ONLY, REINFORCE_ONLY = ("inner_steps", "clip_ratio", "kl"), ("wrong_weight",)
-
-
-def check_run(run: argparse.Namespace, parser: argparse.ArgumentParser, given: list[str]) -> None:
-    """Exit with a message if the flags of a run contradict each other, or if one that was given belongs to the other algorithm."""
-    group = run.rollouts_per_prompt
-    if run.batch % group:
-        parser.error(f"--batch {run.batch} is not divisible by --rollouts-per-prompt {group} (arm {run.arm})")
-    if run.algorithm == "grpo" and group < 2:
-        parser.error(f"--rollouts-per-prompt {group}: GRPO compares the rollouts of a prompt, so it needs two or more (arm {run.arm})")
-    for flag in REINFORCE_ONLY if run.algorithm == "grpo" else GRPO_ONLY:
-        if flag in given:
-            parser.error(f"--{flag.replace('_', '-')} does not apply to --algorithm {run.algorithm} (arm {run.arm}): leave it out")
 
 
 def arms_of(setting: str) -> list[str]:
@@ -279,9 +232,9 @@ def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     return [flags_of_run(args, arm, seed) for seed in seeds for arm in args.arms or arms_of(args.setting)]
 
 
-def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **flags) -> argparse.Namespace:
+def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argparse.Namespace:
     """The flags of one run: the command line, overridden by those of its arm."""
-    run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | flags | {"arm": arm, "seed": seed})
+    run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | more | {"arm": arm, "seed": seed})
     # The length of a run is a default of its arm: --updates replaces it.
     if args.updates is not None:
         run.updates = args.updates
@@ -327,7 +280,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         # 3. Rewards (B,): all tokens of a rollout share one, no matter which model wrote them.
         rewards = torch.tensor([reward(text, problem.gold) for text, problem in zip(rollouts.texts, batch)], device=args.device)
         row = {"update": update, **batch_statistics(rollouts, rewards)}
-        check_both_wrote(row, args)
+        runs.check_both_wrote(row, args)
         if args.rewards == "shuffled":
             # The control in which a reward says nothing about its rollout. The row above reports the true rewards.
             order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(args.seed * 10**6 + update))
@@ -341,22 +294,21 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         num_tokens = rollouts.completion_mask.sum()
         parts = micro_batches(rollouts, weights, args.micro_tokens, keep_all=args.kl > 0)
         row |= {"loss": None, "grad_norm": None}
+        old_logprobs: dict[int, torch.Tensor] = {}
         # If all weights are zero, there is nothing to learn from, and the senior stays as it is.
-        for inner_step in range(args.inner_steps if parts else 0):
+        for _ in range(args.inner_steps if parts else 0):
             loss = 0.0
-            for part, part_weights in parts[parallel.process_index() :: parallel.world_size()]:  # each process takes its share
+            for i, (part, part_weights) in enumerate(parts[parallel.process_index() :: parallel.world_size()]):  # of this process
                 # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts that have a weight.
                 logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
                 objective = part_weights * logprobs  # (b, C)
                 if grpo:
-                    if inner_step == 0:
-                        # The senior is still the one that wrote the rollouts.
-                        part.logprobs = logprobs.detach()
-                    objective = clipped_objective(logprobs, part.logprobs, part_weights, args.clip_ratio)
-                    if args.kl:
-                        with torch.no_grad():
-                            junior_logprobs = completion_logprobs(pair.junior, part.as_read_by_junior(), args.temperature)
-                        objective = objective - args.kl * part.senior_mask * kl_estimate(logprobs, junior_logprobs)
+                    # In the first step the senior is still the one that wrote the rollouts, and every ratio is exactly 1.
+                    old = old_logprobs.setdefault(i, logprobs.detach())
+                    objective = clipped_objective(logprobs, old, part_weights, args.clip_ratio)
+                if args.kl:
+                    junior_logprobs = frozen_logprobs(pair.junior, part.as_read_by_junior(), args.temperature)
+                    objective = objective - args.kl * part.senior_mask * kl_estimate(logprobs, junior_logprobs)
                 part_loss = -objective.sum() / num_tokens
                 part_loss.backward()
                 loss += part_loss.item()
@@ -394,21 +346,6 @@ def generate(
     )
     mine = rollout_in_chunks(pair, *prompts, noise[:, :, rows], coins[:, rows], **options)
     return join(parallel.gather(mine.to("cpu"))).to(args.device)
-
-
-# A batch of few coins may be one-sided by chance, but not as many as this in a row.
-MOST_ONE_SIDED = 5
-
-
-def check_both_wrote(row: dict, args: argparse.Namespace) -> None:
-    """Stop a tandem run in which one model writes whole batches alone: it would silently be another method."""
-    if not args.solo and row["senior_share"] in (0, 1):
-        # The rows of the updates before are on disk, also after --resume.
-        before = [old for old in runs.read_rows(runs.run_folder(args) / "metrics.jsonl") if old["update"] < row["update"]]
-        shares = [old.get("senior_share") for old in [*before, row][-MOST_ONE_SIDED:]]
-        if shares == [row["senior_share"]] * MOST_ONE_SIDED:
-            share = f"the senior wrote {row['senior_share']:.0%} of the tokens of {MOST_ONE_SIDED} tandem batches in a row"
-            sys.exit(f"update {row['update']}: {share}. This is not tandem training: check --p, --handoff and --batch")
 
 
 def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, held_out: list[tasks.Problem]) -> None:
@@ -475,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as locks:
         try:
             # Check tokenizers, problems, memory and folders before anything slow.
-            names = checkpoints(args)
+            names = [tiny.checkpoint(name) for name in (args.senior, args.junior)]
             # Which base this is goes into config.json; --resume insists on the same one.
             args.base = tiny.identity(names[0])
             tokenizers = models.load_tokenizers(*names)
@@ -501,14 +438,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("\n".join(diverged))
 
 
-def checkpoints(args: argparse.Namespace) -> list[str]:
-    """The hub ids or folders of senior and junior."""
-    return [str(tiny.FOLDER) if name == "tiny" else name for name in (args.senior, args.junior)]
-
-
 def load_pair(args: argparse.Namespace) -> Pair:
-    options = dict(rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
-    return models.load_pair(*checkpoints(args), **options)
+    names = map(tiny.checkpoint, (args.senior, args.junior))
+    return models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
 
 
 # The pair of a process of --jobs, loaded for its first run and used for all.

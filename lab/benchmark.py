@@ -471,6 +471,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.only == "cuda" and device == "cpu":
         sys.exit("error: --only cuda: this machine has no CUDA device")
+    # Measuring takes minutes, so a file to which its numbers cannot be added is noticed first.
+    if args.out:
+        read_parts(Path(args.out))
     runnable = [part for part in PARTS if part != "cuda" or device == "cuda"]
     for part in [args.only] if args.only else runnable:
         started = time.time()
@@ -493,9 +496,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def write(path: Path, part: str, numbers: dict) -> None:
     """Put the numbers of one part into the file, in place of older ones of the same part."""
-    parts = json.loads(path.read_text()) if path.is_file() else {}
-    parts[part] = numbers
-    path.write_text(json.dumps(parts, indent=1) + "\n")
+    path.write_text(json.dumps(read_parts(path) | {part: numbers}, indent=1) + "\n")
+
+
+def read_parts(path: Path) -> dict:
+    """The parts that the file holds already. Exits with a message if it holds something else."""
+    try:
+        return {} | json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as error:
+        sys.exit(f"error: {path} cannot be used ({type(error).__name__}): restore it from a copy, remove it, or choose another --out")
 
 
 if __name__ == "__main__":

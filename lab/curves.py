@@ -12,9 +12,9 @@ The figures themselves are in lab/figures.py and lab/figures_rl.py. This file ne
 """
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import cycle
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.runs import read_back, read_rows, seed_folders
+from lab.runs import read_back, read_rows, seed_folders, unusable, writing
 from metrics import wilson_interval
 
 Rows = list[dict]  # the rows of one metrics.jsonl
@@ -51,19 +51,22 @@ JUNIOR_GREY = "#555555"
 
 
 def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
-    """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training."""
+    """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training.
+
+    Raises Refused for a file that holds something else than rows and evaluations.
+    """
     runs: Runs = {}
     for arm in arms:
-        seeds = list(read_seeds(folder, arm, "metrics.jsonl").values())
+        seeds = list(read_seeds(folder, arm, "metrics.jsonl", is_row).values())
         if seeds and all(evaluated_all(rows) for rows in seeds):
             runs[arm] = seeds
     return runs
 
 
-def read_seeds(folder: str | Path, arm: str, file: str) -> dict[int, Rows]:
-    """{k: the rows of RUNS/<arm>/seed-<k>/<file>}, in the order of k."""
+def read_seeds(folder: str | Path, arm: str, file: str, check: Callable[[dict], bool]) -> dict[int, Rows]:
+    """{k: the rows of RUNS/<arm>/seed-<k>/<file>}, in the order of k. Raises Refused unless every row passes the check."""
     paths = [path / file for path in seed_folders(folder, arm)]
-    seeds = {int(path.parent.name.removeprefix("seed-")): read_rows(path) for path in paths if path.is_file()}
+    seeds = {int(path.parent.name.removeprefix("seed-")): read_checked(path, check) for path in paths if path.is_file()}
     # A run that has just begun has an empty file.
     return {seed: rows for seed, rows in seeds.items() if rows}
 
@@ -73,10 +76,42 @@ def evaluated_all(rows: Rows) -> bool:
     return {"senior", "tandem", "junior"} <= set(rows[0].get("eval", {}))
 
 
+def read_checked(path: Path, check: Callable[[dict], bool]) -> Rows:
+    """The rows of a file. Raises Refused unless each of them passes the check, so that nothing fails in the midst of a figure."""
+    rows = read_rows(path)
+    for row in rows:
+        if not check(row):
+            raise unusable(path, f"what it says of update {row['update']} is not what a run writes")
+    return rows
+
+
+def is_row(row: dict) -> bool:
+    """Whether a row of metrics.jsonl can be drawn: its evaluations and its seconds."""
+    evaluations, seconds = row.get("eval", {}), [value for key, value in row.items() if key.startswith("seconds")]
+    if not isinstance(evaluations, dict) or not all(isinstance(value, (int, float)) for value in seconds):
+        return False
+    return all(map(is_evaluation, evaluations.values()))
+
+
+def is_evaluation(evaluation) -> bool:
+    """Whether this is an evaluation: a number of solutions, shares of them, and means. A metric that somebody added may be anything."""
+    try:
+        shares = [evaluation["accuracy"], evaluation["jargon"], *evaluation["languages"].values()]
+        means = [evaluation[name] for name in ("tokens", "handoffs", "handoffs_inside") if name in evaluation]
+        return evaluation["n"] > 0 and len(shares) > 2 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, means))
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        return False
+
+
 def read_flags(folder: str | Path, arm: str) -> dict:
     """The flags of an arm, from the config.json of its first seed (seeds differ in their seed only)."""
-    for path in seed_folders(folder, arm):
-        return read_back(path / "config.json", flags=dict)["flags"]
+    kinds = {"handoff": str, "p": (int, float), "solo": bool, "senior_language": str, "junior_language": str}
+    for path in (folder / "config.json" for folder in seed_folders(folder, arm)):
+        flags = read_back(path, flags=dict)["flags"]
+        wrong = [f"--{name}" for name, kind in kinds.items() if not isinstance(flags.get(name), kind)]
+        if wrong:
+            raise unusable(path, f"it lacks the values of {', '.join(wrong)}")
+        return flags
     raise FileNotFoundError(f"{Path(folder, arm)} has no seed-<k>/config.json")
 
 
@@ -206,9 +241,10 @@ def add_caption(figure: Figure, caption: str) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG, and beside it as PDF. Without a creation date, the same rows give the same PDF."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
     return path
 

@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, groupby
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -46,6 +46,7 @@ from lab.curves import (
     labels_and_styles,
     markdown_table,
     pooled,
+    read_checked,
     read_flags,
     read_runs,
     save,
@@ -60,7 +61,7 @@ from lab.figures_rl import (
     table_of_doses,
     table_of_measures,
 )
-from lab.runs import read_rows, seed_folders
+from lab.runs import seed_folders
 from metrics import has_jargon
 
 # The known languages, and the styles of any other one.
@@ -129,7 +130,7 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
     candidates = []
     for path in files:
         by_question: dict[str, dict[int, dict]] = {}
-        for sample in read_rows(path):
+        for sample in read_checked(path, is_sample):
             if sample["who"] == "tandem":
                 by_question.setdefault(sample["question"], {})[sample["update"]] = sample
         candidates += [samples for samples in by_question.values() if len(samples) >= 3]
@@ -143,6 +144,16 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
         if samples:
             return samples[0], reason
     return None
+
+
+def is_sample(row: dict) -> bool:
+    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
+    try:
+        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
+        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
 
 
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:
@@ -625,7 +636,7 @@ def complete_setting(folder: Path, setting: str, arms: Iterable[str]) -> list[st
 
 
 def main(folder: str) -> None:
-    """Draw every setting of which the folder holds an arm."""
+    """Draw every setting of which the folder holds an arm. Exits with one line if a file in it cannot be used."""
     # Imported late, because the runner itself imports this module.
     from run_gsm8k import SETTINGS
 
@@ -634,8 +645,11 @@ def main(folder: str) -> None:
     settings = [setting for setting, arms in known.items() if any(arm in present for arm in arms)]
     if not settings:
         sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: run run_gsm8k.py first, or name its --out folder")
-    for setting in settings:
-        draw(folder, setting, SETTINGS[setting])
+    try:
+        for setting in settings:
+            draw(folder, setting, SETTINGS[setting])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     for arm in present:
         if not any(arm in arms for arms in known.values()):
             print(f"{Path(folder, arm)} is in no setting of run_gsm8k.py and is not drawn")

@@ -20,7 +20,7 @@ interval without 0 by chance alone.
 import re
 from collections.abc import Iterable
 from itertools import cycle
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ from lab.curves import (
     draw_arms,
     draw_junior,
     evaluated_all,
+    is_row,
     labels_and_styles,
     markdown_table,
     pooled,
@@ -50,7 +51,7 @@ from lab.curves import (
     with_interval,
 )
 from lab.measures import SAMPLES
-from lab.runs import Refused, read_back
+from lab.runs import Refused, read_back, unusable
 from lab.tiny import ANNOTATED
 from metrics import bootstrap_interval, pass_at_k
 
@@ -101,9 +102,9 @@ def read_doses(folder: str | Path) -> Doses:
     Of the shipped base, whose runs lie in the folder itself, only those seeds count that another share has too.
     """
     paths = [path for path in Path(folder, "dose").glob("*") if re.fullmatch(r"0\.\d+", path.name)]
-    doses = {float(path.name): read_seeds(path, DOSE_ARM, "metrics.jsonl") for path in paths}
+    doses = {float(path.name): read_seeds(path, DOSE_ARM, "metrics.jsonl", is_row) for path in paths}
     shared = {seed for seeds in doses.values() for seed in seeds}
-    shipped = read_seeds(folder, DOSE_ARM, "metrics.jsonl")
+    shipped = read_seeds(folder, DOSE_ARM, "metrics.jsonl", is_row)
     doses.setdefault(ANNOTATED, {seed: rows for seed, rows in shipped.items() if seed in shared})
     evaluated = {share: {seed: rows for seed, rows in seeds.items() if evaluated_all(rows)} for share, seeds in doses.items()}
     return {share: seeds for share, seeds in sorted(evaluated.items()) if seeds}
@@ -199,7 +200,7 @@ PANELS = {
     "drift": "drift from the junior\n(nats per token)",
     "legibility": "legibility: cross-entropy\n(nats per token)",
 }
-PASS_K = 4
+PASS_K, RIGHT = 4, f"right_of_{SAMPLES}"
 CONTINUED = [f"continued_{percent}" for percent in (25, 50, 75)]
 IN_NATS = ("legibility", "drift", "drift_k3")  # per token; every other measure is a share
 MEASURES = ["solo", f"pass@{PASS_K}", "handoff", "word", "retention", *CONTINUED, *IN_NATS]
@@ -208,9 +209,20 @@ Measured = dict[str, dict[int, Rows]]  # {arm: {seed: the rows of its measures.j
 Ends = dict[str, dict[int, dict]]  # {arm: {seed: the last row, if the seed has finished}}
 
 
+def is_measured(row: dict) -> bool:
+    """Whether a row of measures.jsonl can be drawn: one number per problem for every measure, and of 8 solutions at most 8 right."""
+    names = ["solo", "handoff", "word", *CONTINUED, *IN_NATS, *([RIGHT] if RIGHT in row else [])]
+    try:
+        problems = len(row["solo"])
+        complete = problems > 0 and all(len(row[name]) == problems and all(map(isfinite, row[name])) for name in names)
+        return complete and all(isinstance(count, int) and 0 <= count <= SAMPLES for count in row.get(RIGHT, []))
+    except (KeyError, TypeError, OverflowError):
+        return False
+
+
 def read_measures(folder: str | Path, arms: Iterable[str]) -> Measured:
-    """The measures of every arm that has some."""
-    measured = {arm: read_seeds(folder, arm, "measures.jsonl") for arm in arms}
+    """The measures of every arm that has some. Raises Refused for a file that holds something else."""
+    measured = {arm: read_seeds(folder, arm, "measures.jsonl", is_measured) for arm in arms}
     return {arm: seeds for arm, seeds in measured.items() if seeds}
 
 
@@ -225,7 +237,11 @@ def ends_of(folder: str | Path, measured: Measured) -> Ends:
         for seed, rows in seeds.items():
             path, last = Path(folder, arm, f"seed-{seed}"), rows[-1]
             flags = read_back(path / "config.json", flags=dict)["flags"]
+            if not isinstance(flags.get("updates"), int) or not {"problems", "validation"} <= set(flags):
+                raise unusable(path / "config.json", "it lacks the values of --updates, --problems or --validation")
             if last["update"] >= flags["updates"]:
+                if RIGHT not in last:
+                    raise unusable(path / "measures.jsonl", f"its last row lacks {RIGHT}")
                 ends[arm][seed] = last
                 # A seed always draws the same problems, if it draws as many from the same ones.
                 drawn_from = f"{flags['problems']}{' (validation)' if flags['validation'] else ''}"
@@ -247,7 +263,7 @@ def values_of(row: dict, name: str) -> np.ndarray:
     if name == "retention":
         columns = [row["handoff"], row["solo"]]
     elif name == f"pass@{PASS_K}":
-        columns = [[pass_at_k(right, SAMPLES, PASS_K) for right in row[f"right_of_{SAMPLES}"]]]
+        columns = [[pass_at_k(right, SAMPLES, PASS_K) for right in row[RIGHT]]]
     else:
         columns = [row[name]]
     return np.array(columns, dtype=float).T

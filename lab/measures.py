@@ -28,7 +28,7 @@ import torch
 from lab import models
 from lab import problems as tasks
 from metrics import distance_from_junior
-from reinforce import full_logprobs, select
+from reinforce import LOGITS_AT_ONCE, full_logprobs, select
 from reward import is_correct
 from rollout import Pair, Rollouts, decode, random_numbers, rollout_in_chunks
 
@@ -43,7 +43,7 @@ def measure(solo: Rollouts, update: int, problems: list[tasks.Problem], args: ar
     row["word"] = right(write(problems, p=0.5, schedule="word").texts, problems)
     for percent in (25, 50, 75):
         row[f"continued_{percent}"] = right(continue_solutions(solo, percent / 100, args, pair), problems)
-    row |= compare(solo, pair, args.rollout_batch)
+    row |= compare(solo, pair)
     if update in (0, args.updates):
         # Seeds of their own, so that the first solution is not that of `solo` again.
         again = generate(problems * SAMPLES, args=args, pair=pair, p=1.0, seed=15 * 10**8 + args.seed)
@@ -56,9 +56,10 @@ def right(texts: list[str], problems: list[tasks.Problem]) -> list[int]:
 
 
 @torch.no_grad()
-def compare(solo: Rollouts, pair: Pair, max_rows: int) -> dict[str, list[float]]:
+def compare(solo: Rollouts, pair: Pair) -> dict[str, list[float]]:
     """legibility, drift and drift_k3 of every solution: both models read it, and their distributions are compared."""
     found: dict[str, list[float]] = {"legibility": [], "drift": [], "drift_k3": []}
+    max_rows = max(1, LOGITS_AT_ONCE // (solo.completion_ids.shape[1] * len(pair.pieces)))
     for rows in torch.arange(len(solo), device=solo.prompt_ids.device).split(max_rows):
         part = select(solo, rows)
         senior = full_logprobs(pair.senior, part, temperature=1.0)  # (b, C, V)

@@ -1,12 +1,13 @@
 """Estimates the peak memory of a run before it starts, and chooses the largest batches that fit.
 
-    peak = weights + adapter + max(rollout, update)
+    peak = weights + adapter + batch + max(rollout, update)
 
     term      method              what is counted
     weights   Plan.weights()      4-bit linear layers: half a byte per parameter and one byte of scale per 64 parameters. All
                                   other parameters at 2 bytes each on a GPU and 4 on a CPU
     adapter   Plan.adapter()      LoRA's A and B in float32, their gradients, and AdamW's two moments (with --eight-bit-adam
                                   one byte each)
+    batch     Plan.whole_batch()  what is kept of every rollout of an update or evaluation: ids, masks, random numbers
     rollout   Plan.rollout(...)   the key-value caches of senior and junior, and the larger of prefill and sampling
     update    Plan.update(...)    the activations of every layer (with --checkpointing the input of every layer and the
                                   activations of the one that is being recomputed), and the logits of one chunk
@@ -18,14 +19,19 @@ a fifth of a batch of 152. The update, with 8192 tokens per pass, needs 4.6 GiB,
 The sizes of weights and adapter are exact: the model is built on the meta device, which holds shapes and no numbers. What
 a layer keeps for its gradient is counted for the Llama family and is an estimate for others. Nothing is measured here
 (`python -m lab.benchmark --only memory` puts plan and measured peak side by side), and memory outside the tensors is
-covered only by a fixed reserve.
+covered only by a fixed reserve on a GPU.
+
+On a CPU the budget is what psutil calls available: what can be had without swapping. (os.sysconf knows the size of the
+machine only, not what other programs use of it, and not on Windows.) The limit of a container is not seen: give --memory.
 """
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil  # comes with peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -41,11 +47,15 @@ RESERVE = 0.75 * GIB  # kept free on a CUDA device for cuBLAS and for what the a
 def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list[argparse.Namespace], tokenizers: list) -> tuple[int, int]:
     """Print the memory plan and return (rollout_batch, micro_tokens): those of the flags, cut to what fits.
 
-    senior, junior: the two checkpoints. runs: the flags of every run, for the longest prompt of all. The budget is --memory,
-    or else the free memory of the GPU; on a CPU without --memory nothing is cut. Raises ValueError if nothing fits, and what
-    load_problems raises.
+    senior, junior: the two checkpoints. runs: the flags of every run, for the longest prompt and the largest batch of all. The
+    budget is --memory, or else the free memory of the GPU or of the machine, of which every one of --jobs gets its share.
+    Raises ValueError if nothing fits or if there are more processes than rollouts, and what load_problems raises.
     """
-    on_gpu = args.device.startswith("cuda")
+    on_gpu, processes = args.device.startswith("cuda"), parallel.world_size()
+    batches, evaluations = {run.batch for run in [args, *runs]}, {run.eval_problems for run in [args, *runs]}
+    if min(batches | evaluations) < processes:
+        few = f"--batch {min(batches)} and --eval-problems {min(evaluations)} do not give each of the {processes} processes a rollout"
+        raise ValueError(f"{few}: raise them, or start fewer processes with --nproc-per-node")
     prompt, new = longest_prompt(runs, tokenizers), args.max_new_tokens
     configs = {name: models.load(AutoConfig, name).get_text_config() for name in (senior, junior)}
     for name, config in configs.items():
@@ -55,25 +65,34 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
             reason = f"{prompt} tokens of prompt and --max-new-tokens {new} exceed its context of {context}"
             raise ValueError(f"{name}: {reason}. Lower --max-new-tokens or --shots, or choose another model")
     # No process ever holds more rollouts than its share of a batch or of an evaluation, nor updates on more than the batch.
-    share = math.ceil(max(args.batch, args.eval_problems) / parallel.world_size())
-    wanted = min(args.rollout_batch, share), min(args.micro_tokens, args.batch * (prompt + new))
+    whole = max(batches | evaluations)
+    share = math.ceil(whole / processes)
+    wanted = min(args.rollout_batch, share), min(args.micro_tokens, max(batches) * (prompt + new))
     try:
         shapes = [shape_of(config) for config in configs.values()]
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:
+        # An unusual configuration fails in many ways. Whether the model can be used is decided when it is loaded.
         print(f"memory plan: none for {senior} ({type(error).__name__}: {error}); --rollout-batch and --micro-tokens stay as they are")
         return wanted
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
     eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
     options = dict(four_bit=args.four_bit, half_precision=on_gpu, rank=args.rank, checkpointing=args.checkpointing)
-    plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, prompt=prompt, new=new)
-    free = torch.cuda.mem_get_info()[0] if on_gpu else math.inf
+    plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, prompt=prompt, new=new, batch=whole)
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
-    budget = min(parallel.gather(args.memory * GIB if args.memory else free)) - (RESERVE if on_gpu else 0)
+    budget = min(parallel.gather(args.memory * GIB if args.memory else free_memory(on_gpu) / args.jobs)) - (RESERVE if on_gpu else 0)
     fitting = plan.fit(budget, *wanted)
     print(plan.report(*fitting))
     if fitting != wanted:
         print(f"to fit, {fitting[0]} rollouts at a time instead of {wanted[0]} and {fitting[1]} tokens per pass instead of {wanted[1]}")
     return fitting
+
+
+def free_memory(on_gpu: bool) -> float:
+    """The bytes that this process can have: what is free on its GPU, or its share of what is available on the machine."""
+    if on_gpu:
+        return torch.cuda.mem_get_info()[0]
+    # torchrun says how many processes share the machine.
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def longest_prompt(runs: list[argparse.Namespace], tokenizers: list) -> int:
@@ -109,7 +128,8 @@ class Shape:
 def shape_of(config) -> Shape:
     """The shape of a checkpoint, from its transformers configuration alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        # Without the option transformers asks whether code that comes with the checkpoint may be run.
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # Some versions of transformers do not tie weights on the meta device.
     model.tie_weights()
     head = model.get_output_embeddings()
@@ -149,6 +169,7 @@ class Plan:
     eight_bit_adam: bool
     prompt: int  # length in tokens of the longest prompt
     new: int  # and of the longest completion
+    batch: int = 0  # rollouts per update or evaluation, of which a few are in the models at a time
 
     @property
     def bytes_per_number(self) -> int:
@@ -161,6 +182,11 @@ class Plan:
     def adapter(self) -> float:
         weight, gradient, moments = 4, 4, 2 if self.eight_bit_adam else 8
         return self.shapes[0].lora * self.rank * (weight + gradient + moments)
+
+    def whole_batch(self) -> float:
+        # Per token of both prompts, ids and mask; per token of a completion, ids, mask, author and log-probability, of 8
+        # bytes each, and three random numbers of 4. Completions and numbers are there twice while parts are cut or joined.
+        return self.batch * (self.prompt * 2 * (8 + 8) + self.new * 2 * (4 * 8 + 3 * 4))
 
     def rollout(self, rollout_batch: int) -> float:
         senior, junior, size = self.shapes[0], self.shapes[-1], self.bytes_per_number
@@ -197,20 +223,22 @@ class Plan:
         return self.shapes[0].largest * self.bytes_per_number if self.four_bit else 0
 
     def peak(self, rollout_batch: int, micro_tokens: int) -> float:
-        return self.weights() + self.adapter() + max(self.rollout(rollout_batch), self.update(micro_tokens))
+        working = max(self.rollout(rollout_batch), self.update(micro_tokens))
+        return self.weights() + self.adapter() + self.whole_batch() + working
 
     def fit(self, budget: float, rollout_batch: int, micro_tokens: int) -> tuple[int, int]:
         """Split rollout_batch and micro_tokens into the fewest equal parts that fit into `budget` bytes.
 
         Raises ValueError if a single rollout at a time does not fit either.
         """
-        rest = budget - self.weights() - self.adapter()
+        rest = budget - self.weights() - self.adapter() - self.whole_batch()
         rollout_batch = largest_part(rollout_batch, 1, lambda part: self.rollout(part) <= rest)
         # A pass of the update holds at least one rollout.
         one_rollout = min(micro_tokens, self.prompt + self.new)
         micro_tokens = largest_part(micro_tokens, one_rollout, lambda part: self.update(part) <= rest)
         if self.peak(rollout_batch, micro_tokens) > budget:
-            remedies = "--four-bit, --checkpointing, --eight-bit-adam, a smaller --max-new-tokens, --shots or --rank, or smaller models"
+            smaller = "--rank, --max-new-tokens, --shots, --batch or --eval-problems"
+            remedies = f"--four-bit, --checkpointing, --eight-bit-adam, a smaller {smaller}, or smaller models"
             excess = f"This is more than the budget of {format_bytes(budget)} even with one rollout at a time"
             raise ValueError(f"{self.report(rollout_batch, micro_tokens)}. {excess}. Remedies: {remedies}")
         return rollout_batch, micro_tokens
@@ -220,14 +248,15 @@ class Plan:
         parts = [
             self.weights(),
             self.adapter(),
+            self.whole_batch(),
             self.rollout(rollout_batch),
             self.update(micro_tokens),
             self.peak(rollout_batch, micro_tokens),
         ]
-        weights, adapter, rollout, update, peak = map(format_bytes, parts)
+        weights, adapter, batch, rollout, update, peak = map(format_bytes, parts)
         rollouts = f"{rollout_batch} rollout{'' if rollout_batch == 1 else 's'} of {self.prompt} + {self.new} tokens {rollout}"
         updates = f"an update of {micro_tokens} tokens per pass {update}"
-        return f"memory plan: weights {weights}, adapter and optimiser {adapter}, {rollouts} or {updates}; peak {peak}"
+        return f"memory plan: weights {weights}, adapter and optimiser {adapter}, whole batch {batch}, {rollouts} or {updates}; peak {peak}"
 
 
 def largest_part(whole: int, least: int, fits: Callable[[int], bool]) -> int:

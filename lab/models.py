@@ -13,13 +13,14 @@ plain forward passes, and architectures for which they differ are refused. This 
 
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, logging
 
 from rollout import Pair, make_decoders
 from tandem import build_tables, token_bytes
@@ -66,7 +67,10 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     if None in [tokenizer.eos_token_id for tokenizer in tokenizers]:
         raise ValueError(f"{senior}, {junior}: a tokenizer without an end token. Set its eos_token")
 
-    model = disable_dropout(add_adapter(base, rank))
+    try:
+        model = disable_dropout(add_adapter(base, rank))
+    except ValueError as error:
+        raise ValueError(f"{senior} ({type(base).__name__}) cannot be given an adapter ({error}). Choose another model") from error
     if checkpointing:
         enable_checkpointing(model)
     pieces = token_bytes(tokenizers[0], base.config.get_text_config().vocab_size, end_ids)
@@ -83,6 +87,9 @@ def load_model(name: str, four_bit: bool, device: str):
     if four_bit:
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = BitsAndBytesConfig(**nf4)
+    if (Path(name) / "generation_config.json").is_file():
+        # transformers would go on without the end tokens of a file that it cannot read.
+        load(GenerationConfig, name)
     model, report = load(AutoModelForCausalLM, name, **options, output_loading_info=True)
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place.
@@ -95,8 +102,11 @@ def load(kind, name: str, **options):
     """kind.from_pretrained, with a remedy in the error message. `kind`: an Auto class of transformers."""
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
+    except Exception as error:
+        # A damaged or hostile file makes the libraries raise nearly anything, always with the same remedy.
+        # The first sentence of its message: later ones are about the libraries' own options, and may be bad advice here.
+        said = str(error).split("\n")[0].split(". ")[0][:200]
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
         remedy = "Name a local folder or a checkpoint of the hub that can be reached, or use --preset tiny, which needs neither"
         raise ValueError(f"cannot load {name!r} ({reason}). {remedy}.") from error
 

@@ -9,7 +9,8 @@ rollouts and take the same step. The random numbers of a rollout belong to its r
 process writes it. Only the first process writes files and prints to stdout; all of them need a shared file system. With one
 process these functions return their input unchanged.
 
-Models that are split over several devices are not supported.
+Every process needs at least one rollout of each batch and evaluation, which lab/memory.py checks. Models that are split over
+several devices are not supported.
 """
 
 import atexit

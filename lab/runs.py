@@ -86,8 +86,10 @@ def read_rows(path: Path) -> list[dict]:
     for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             row = json.loads(line)
+            if int(row["update"]) != row["update"]:
+                raise TypeError(f"{row['update']!r} is not the number of an update")
             # Rows of metrics.jsonl have only the first of these keys.
-            rows[int(row["update"]), row.get("who"), row.get("question")] = row
+            rows[row["update"], row.get("who"), row.get("question")] = row
         except (ValueError, OverflowError, RecursionError):
             # An empty line, or one that was cut off when the run was interrupted.
             continue
@@ -323,6 +325,21 @@ def check_divergence(row: dict, args: argparse.Namespace, vocab_size: int) -> No
         raise Diverged(f"update {row['update']}: {reason}. {kept}. {remedy}")
 
 
+# A batch of few coins may be one-sided by chance, but not as many as this in a row.
+MOST_ONE_SIDED = 5
+
+
+def check_both_wrote(row: dict, args: argparse.Namespace) -> None:
+    """Stop a tandem run in which one model writes whole batches alone: it would silently be another method."""
+    if not args.solo and row["senior_share"] in (0, 1):
+        # The rows of the updates before are on disk, also after --resume.
+        before = [old for old in read_rows(run_folder(args) / "metrics.jsonl") if old["update"] < row["update"]]
+        shares = [old.get("senior_share") for old in [*before, row][-MOST_ONE_SIDED:]]
+        if shares == [row["senior_share"]] * MOST_ONE_SIDED:
+            share = f"the senior wrote {row['senior_share']:.0%} of the tokens of {MOST_ONE_SIDED} tandem batches in a row"
+            sys.exit(f"update {row['update']}: {share}. This is not tandem training: check --p, --handoff and --batch")
+
+
 def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace], None], jobs: int = 1) -> list[str]:
     """Train every run that is not finished, `jobs` at a time. Returns the messages of all diverged runs."""
     todo, started = [args for args in runs if not is_finished(args)], time.time()
@@ -333,7 +350,7 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
     except BrokenProcessPool as error:
         raise Refused("a process of --jobs was killed, perhaps for want of memory: continue with --resume and fewer --jobs") from error
     reasons = [run_folder(args) / "stopped.txt" for args in runs]
-    return [path.read_text().strip() for path in reasons if path.is_file()]
+    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in reasons if path.is_file()]
 
 
 def run_to_end(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

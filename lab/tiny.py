@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab.flags import number
 from lab.problems import LANGUAGES, generate, plain, prompt
-from lab.runs import describe_machine
+from lab.runs import Refused, describe_machine
 from lab.specialist import fine_tune
 
 FOLDER = Path(__file__).parent / "tiny_base"  # the shipped base
@@ -51,10 +51,24 @@ ARCHITECTURE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2,
 SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
+def checkpoint(name: str) -> str:
+    """The hub id or folder that --senior or --junior names: "tiny" is the shipped base."""
+    return str(FOLDER) if name == "tiny" else name
+
+
 def identity(folder: Path | str = FOLDER) -> str:
-    """The name of a base: for one that was made here "tiny-" and its checksum, for any other checkpoint its own name."""
+    """The name of a base: for one that was made here "tiny-" and its checksum, for any other checkpoint its own name.
+
+    Raises Refused if the note with the checksum is damaged.
+    """
     note = Path(folder) / "made.json"
-    return f"tiny-{json.loads(note.read_text())['checksum'][:12]}" if note.is_file() else Path(folder).name
+    if not note.is_file():
+        return Path(folder).name
+    try:
+        return "tiny-" + json.loads(note.read_bytes())["checksum"][:12]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        remedy = "restore it from a copy, or remove this file: the base is then known by the name of its folder"
+        raise Refused(f"{note} cannot be used ({type(error).__name__}): {remedy}") from error
 
 
 def checksum(texts: list[tuple[str, str]]) -> str:

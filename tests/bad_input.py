@@ -1,4 +1,4 @@
-"""A hundred bad command lines and files, and what becomes of them:  python tests/bad_input.py
+"""Two hundred bad command lines and files, and what becomes of them:  python tests/bad_input.py
 
 Prints one line per case: seconds, exit code, whether there was a traceback, whether a file that was there has changed, and the
 last line of the message. Every case must be refused in seconds, with a message and without a traceback, and nothing that was
@@ -22,7 +22,7 @@ from kill import command_for, make_base
 import torch
 
 import run_gsm8k
-from lab import runs
+from lab import figures, runs
 
 LIMIT = 20  # seconds after which a case counts as accepted
 
@@ -70,13 +70,34 @@ DAMAGE = {
     "nested": lambda whole: b"[" * 10**5,
     "first half zero": lambda whole: bytes(len(whole) // 2) + whole[len(whole) // 2 :],
 }
+TEMPLATES = {"raises": b"{{ raise_exception('no') }}", "is wrong": b"{% for", "is empty": b" ", "has no question": b"Hi"}
+# Configurations that transformers accepts or fails on in its own way, and what becomes of them here.
+CONFIGS = {
+    "256 layers of width 65536": {"hidden_size": 2**16, "num_hidden_layers": 256},
+    "no layers": {"num_hidden_layers": 0},
+    "a width that is text": {"hidden_size": "wide"},
+    "a negative width": {"hidden_size": -8},
+    "a vocabulary of two": {"vocab_size": 2},
+    "no vocabulary": {"vocab_size": None},
+    "a context of 16": {"max_position_embeddings": 16},
+    "a context that is text": {"max_position_embeddings": "long"},
+    "another kind of model": {"model_type": "vit"},
+    "code beside it": {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "code.Model"}},
+}
+# Lines that are JSON and no rows that could be drawn.
+ROWS = {
+    "a list": b"[1]",
+    "an update that is text": b'{"update": "0"}',
+    "no evaluation": b'{"update": 0, "eval": {"senior": 3}}',
+    "a share of 7": b'{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 7, "jargon": 0, "languages": {"en": 1}}}}',
+}
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def attempt(name: str, command: list[str], kept: Path) -> bool:
+def attempt(name: str, command, kept: Path, program=run_gsm8k.main) -> bool:
     """Run a case, print its line, and return whether it was refused as it should be. `kept`: a folder that may not lose anything."""
 
     def too_long(*_):
@@ -88,7 +109,7 @@ def attempt(name: str, command: list[str], kept: Path) -> bool:
     broken, code = False, 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(message):
         try:
-            run_gsm8k.main(command)
+            program(command)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
             print("" if stop.code is None or isinstance(stop.code, int) else stop.code, file=message)
@@ -107,64 +128,97 @@ def attempt(name: str, command: list[str], kept: Path) -> bool:
     return bool(fine)
 
 
-def main() -> None:
+def bad_flags(place: Path) -> list[bool]:
+    command = short_command(place / "base", place / "runs")
+    return [attempt(flags, [*command, *flags.split(" ")], place / "base") for flags in FLAGS.replace("\n--", " | --").split(" | ")]
+
+
+def bad_problems(place: Path) -> list[bool]:
+    command, folder = short_command(place / "base", place / "runs"), place / "problems"
+    command += ["--problems", str(folder), "--eval-problems", "1"]
+    other = LINE.replace(b"1+1?", b"one and one?")
+    cases = {case: (LINE + b"\n" + line + b"\n", other) for case, line in PROBLEMS.items()}
+    cases |= {"train equal to test": (LINE, LINE), "an empty file": (LINE, b"")}
     outcomes = []
+    folder.mkdir()
+    for case, (train, test) in cases.items():
+        (folder / "train.jsonl").write_bytes(train)
+        (folder / "test.jsonl").write_bytes(test)
+        outcomes.append(attempt(f"problems: {case}", command, folder))
+    return outcomes
+
+
+def bad_bases(place: Path) -> list[bool]:
+    """One file of a base damaged at a time, chat templates that fail, and configurations of no usable model."""
+    whole = place / "whole"
+    shutil.copytree(place / "base", whole)
+    (whole / "made.json").write_text(json.dumps({"checksum": "0" * 64}))
+    config = json.loads((whole / "config.json").read_text())
+    cases = {
+        f"base, {path.name}: {kind}": (path.name, change(path.read_bytes()))
+        for path in sorted(whole.iterdir())
+        for kind, change in DAMAGE.items()
+    }
+    cases |= {f"base, chat template {kind}": ("chat_template.jinja", text) for kind, text in TEMPLATES.items()}
+    cases |= {f"base, config.json: {kind}": ("config.json", json.dumps(config | new).encode()) for kind, new in CONFIGS.items()}
+    outcomes = []
+    for case, (file, content) in cases.items():
+        # Without the runs of a case that was accepted, so that the next one is not refused because of them.
+        for old in ("damaged", "runs"):
+            shutil.rmtree(place / old, ignore_errors=True)
+        shutil.copytree(whole, place / "damaged")
+        (place / "damaged" / file).write_bytes(content)
+        outcomes.append(attempt(case, short_command(place / "damaged", place / "runs"), place / "damaged"))
+    return outcomes
+
+
+def bad_runs(place: Path) -> list[bool]:
+    """A finished run, of which one file at a time is damaged, and which is then to go on or to be drawn."""
+    finished, copy = place / "finished", place / "copy"
+    command = short_command(place / "base", finished)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run_gsm8k.main(command)
+    resume = [*command, "--out", str(copy), "--updates", "2", "--resume"]
+    run, outcomes = "tandem/seed-0", []
+
+    def damaged(file: str, kinds: dict, name: str, argument, program=run_gsm8k.main) -> None:
+        for kind, change in kinds.items():
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(finished, copy)
+            (copy / file).write_bytes(change((copy / file).read_bytes()))
+            outcomes.append(attempt(f"{name}{file}: {kind}", argument, copy, program))
+
+    for file in (f"{run}/state.pt", f"{run}/config.json", "specialist/en/seed-0/adapter.pt"):
+        damaged(file, DAMAGE, "", resume)
+    damaged(f"{run}/metrics.jsonl", {kind: DAMAGE[kind] for kind in ("empty", "bytes", "list", "nested")}, "", resume)
+    rows = {kind: lambda whole, row=row: row for kind, row in ROWS.items()}
+    for file, kinds in {"config.json": DAMAGE, "metrics.jsonl": rows, "samples.jsonl": rows}.items():
+        damaged(f"{run}/{file}", kinds, "figures, ", str(copy), figures.main)
+    outcomes.append(attempt("figures, no such folder", str(place / "nowhere"), finished, figures.main))
+
+    shutil.rmtree(copy)
+    shutil.copytree(finished, copy)
+    outcomes.append(attempt("a run that is there, without --resume", resume[:-1], copy))
+    outcomes.append(attempt("--resume with another --lr", [*resume, "--lr", "0.5"], copy))
+    with open(copy / run / "metrics.jsonl", "ab") as file:
+        runs.lock(file, copy)
+        outcomes.append(attempt("a second process", resume, copy))
+    (copy / run / "state.pt").unlink()
+    outcomes.append(attempt("rows without a state, as in a clone", resume, copy))
+    return outcomes
+
+
+def short_command(base: Path, out: Path) -> list[str]:
+    """A run of one update."""
+    return [*command_for(base, out), "--updates", "1"]
+
+
+def main() -> None:
     print("| case | seconds | exit code | traceback | files | end of the message |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         make_base(place / "base")
-        command = command_for(place / "base", place / "runs")
-        command[command.index("--updates") + 1] = "1"
-        for flags in FLAGS.replace("\n--", " | --").split(" | "):
-            outcomes.append(attempt(flags, [*command, *flags.split(" ")], place / "base"))
-
-        for case, line in PROBLEMS.items():
-            folder = place / "problems"
-            folder.mkdir(exist_ok=True)
-            (folder / "train.jsonl").write_bytes(LINE + b"\n" + line + b"\n")
-            (folder / "test.jsonl").write_bytes(LINE.replace(b"1+1?", b"one and one?"))
-            outcomes.append(attempt(f"problems: {case}", [*command, "--problems", str(folder), "--eval-problems", "1"], folder))
-        (folder / "train.jsonl").write_bytes(LINE)
-        (folder / "test.jsonl").write_bytes(LINE)
-        outcomes.append(attempt("problems: train equal to test", [*command, "--problems", str(folder), "--eval-problems", "1"], folder))
-        (folder / "test.jsonl").write_bytes(b"")
-        outcomes.append(attempt("problems: an empty file", [*command, "--problems", str(folder), "--eval-problems", "1"], folder))
-
-        for case, template in {
-            "raises": "{{ raise_exception('no') }}",
-            "is wrong": "{% for",
-            "is empty": " ",
-            "has no question": "Hi",
-        }.items():
-            shutil.copytree(place / "base", place / "chat", dirs_exist_ok=True)
-            (place / "chat" / "chat_template.jinja").write_text(template)
-            chat = command_for(place / "chat", place / "runs")
-            outcomes.append(attempt(f"chat template {case}", chat, place / "chat"))
-
-        # A finished run, of which one file at a time is damaged, and which is then to go on.
-        finished = place / "finished"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            shutil.rmtree(place / "runs", ignore_errors=True)
-            run_gsm8k.main([*command, "--out", str(finished)])
-        files = ["tandem/seed-0/state.pt", "tandem/seed-0/config.json", "specialist/en/seed-0/adapter.pt"]
-        cases = {f"{file}: {kind}": (file, change) for file in files for kind, change in DAMAGE.items()}
-        cases |= {f"metrics.jsonl: {kind}": ("tandem/seed-0/metrics.jsonl", DAMAGE[kind]) for kind in ("empty", "bytes", "list", "nested")}
-        for case, (file, change) in cases.items():
-            copy = place / "copy"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(finished, copy)
-            (copy / file).write_bytes(change((copy / file).read_bytes()))
-            outcomes.append(attempt(case, [*command, "--out", str(copy), "--updates", "2", "--resume"], copy))
-        shutil.rmtree(copy)
-        shutil.copytree(finished, copy)
-        resume = [*command, "--out", str(copy), "--updates", "2", "--resume"]
-        outcomes.append(attempt("a run that is there, without --resume", resume[:-1], copy))
-        outcomes.append(attempt("--resume with another --lr", [*resume, "--lr", "0.5"], copy))
-        with open(copy / "tandem/seed-0/metrics.jsonl", "ab") as file:
-            runs.lock(file, copy)
-            outcomes.append(attempt("a second process", resume, copy))
-        (copy / "tandem/seed-0/state.pt").unlink()
-        outcomes.append(attempt("rows without a state, as in a clone", resume, copy))
+        outcomes = [*bad_flags(place), *bad_problems(place), *bad_bases(place), *bad_runs(place)]
     print(f"{sum(outcomes)} of {len(outcomes)} cases are refused in under 10 seconds, with a message and no traceback, and nothing is lost")
     sys.exit(not all(outcomes))
 

@@ -1,6 +1,7 @@
 """What the figures compute, checked against numbers worked out by hand, and that nothing that was run is left undrawn."""
 
 import json
+import re
 import sys
 from itertools import product
 from types import SimpleNamespace
@@ -92,7 +93,7 @@ def test_only_evaluations_of_every_seed_are_pooled(tmp_path):
 def test_only_arms_that_evaluated_all_three_are_read(tmp_path):
     write_arm(tmp_path, "tandem")
     write_arm(tmp_path, "solo")
-    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0}}}
+    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0, "jargon": 0.0, "languages": {"en": 1.0}}}}
     (tmp_path / "solo" / "seed-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert list(curves.read_runs(tmp_path, ["solo", "tandem", "absent"])) == ["tandem"]
 
@@ -134,7 +135,7 @@ def test_table(tmp_path):
 def test_an_added_metric_has_a_column_and_can_be_drawn(tmp_path):
     """A mean, not a share: averaged over seeds, without a band, on axes of its own range; "–" where an arm has not measured it."""
     for seed, perplexity in enumerate((120.0, 130.0)):
-        write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity)
+        write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity, words=["any", "thing"])
     write_arm(tmp_path, "solo")
     runs = curves.read_runs(tmp_path, ["tandem", "solo"])
     head, _, tandem, solo = figures.table(runs).splitlines()
@@ -340,7 +341,7 @@ def test_what_is_not_drawn_is_said(tmp_path, capsys):
     """An arm that evaluated the junior only, and a setting without a figure."""
     write_arm(tmp_path, "tandem")
     write_arm(tmp_path, "solo")
-    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0}}}
+    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0, "jargon": 0.0, "languages": {"en": 1.0}}}}
     (tmp_path / "solo" / "seed-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     figures.draw(tmp_path, "mine", ["tandem", "solo"])
     printed = capsys.readouterr().out
@@ -357,3 +358,59 @@ def test_the_caption_counts_the_seeds(tmp_path, drawn):
         write_seed(tmp_path / "solo" / f"seed-{seed}", (1, 1, 1))
     figures.draw(tmp_path, "skill", ["tandem", "solo"])
     assert drawn["skill-figure2.png"].get_supxlabel().startswith("1 or 3 seeds per arm: thin lines are single seeds")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", '{"update": "0"}'),
+        ("metrics.jsonl", '{"update": 0.5}'),
+        ("metrics.jsonl", '{"update": 0, "eval": [1]}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": [1]}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": NaN, "jargon": 0.5, "languages": {"en": 1}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 7, "languages": {"en": 1}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 0, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": 1}}}}'),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": "all"}}}}'),
+        (
+            "metrics.jsonl",
+            '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {"en": 1}, "tokens": [3]}}}',
+        ),
+        ("metrics.jsonl", '{"update": 0, "eval": {"senior": {"n": 4, "accuracy": 0.5, "jargon": 0.5, "languages": {}}}}'),
+        ("metrics.jsonl", '{"update": 0, "seconds_rollout": "3"}'),
+        ("samples.jsonl", "3"),
+        ("samples.jsonl", '{"update": 0}'),
+        ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": ["senior"]}'),
+        ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": [["nobody", "7"]]}'),
+        ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": "1", "spans": [["senior", "7"]]}'),
+        ("samples.jsonl", '{"update": 0, "who": "tandem", "question": 5, "gold": "7", "reward": 1, "spans": [["senior", "7"]]}'),
+        ("config.json", "[1]"),
+        ("config.json", '{"flags": {}}'),
+    ],
+)
+@pytest.mark.usefixtures("drawn")
+def test_a_damaged_file_is_named_in_one_line(tmp_path, file, content):
+    """A message instead of a number makes the exit code 1."""
+    write_arm(tmp_path, "tandem")
+    path = tmp_path / "tandem" / "seed-0" / file
+    path.write_text(content + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        figures.main(str(tmp_path))
+    assert re.fullmatch(f"error: {re.escape(str(path))} cannot be used .*: restore it from a copy, or remove .*", stop.value.code)
+
+
+def test_a_missing_folder_is_named_in_one_line(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        figures.main(str(tmp_path / "nowhere"))
+    assert re.fullmatch(
+        f"{re.escape(str(tmp_path / 'nowhere'))} has no .*: run run_gsm8k.py first, or name its --out folder", stop.value.code
+    )
+
+
+def test_figures_that_cannot_be_written_are_named(tmp_path):
+    write_arm(tmp_path, "tandem")
+    (tmp_path / "figures").write_text("a file in their place", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        figures.main(str(tmp_path))
+    assert re.fullmatch(f"error: cannot write {re.escape(str(tmp_path))}/figures/.*: make room or give rights .*", stop.value.code)

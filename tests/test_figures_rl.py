@@ -4,7 +4,7 @@ import json
 from math import isnan
 
 import pytest
-from test_figures import labels_in, write_arm, write_measures, write_seed
+from test_figures import MEASURES, labels_in, write_arm, write_measures, write_seed
 
 from lab import curves, figures, figures_rl
 from lab.runs import Refused
@@ -30,7 +30,7 @@ def test_the_seeds_of_the_doses(tmp_path):
     """Seed 2 of the shipped base has no counterpart. Folders without a share or an evaluation of all three do not count."""
     write_doses(tmp_path)
     write_arm(tmp_path / "dose" / "bases", "grpo-tandem")
-    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0}}}
+    row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0, "jargon": 0.0, "languages": {"en": 1.0}}}}
     write_arm(tmp_path / "dose" / "0.5", "grpo-tandem")
     (tmp_path / "dose" / "0.5" / "grpo-tandem" / "seed-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     doses = figures_rl.read_doses(tmp_path)
@@ -114,7 +114,7 @@ def test_a_measure_and_its_interval(tmp_path):
 def test_retention_and_pass_at_4(tmp_path):
     """Retention is (1/2) / (3/4) = 2/3. One right of 8: C(7, 4) / C(8, 4) = 35 / 70 are all wrong; 5 of 8: never; 0 of 8: always."""
     right = {"solo": [1, 1, 1, 0], "handoff": [1, 0, 1, 0], "right_of_8": [1, 5, 0, 8]}
-    write_measures(tmp_path / "rlvr-solo" / "seed-0", right)
+    write_measures(tmp_path / "rlvr-solo" / "seed-0", {name: [0, 0, 0, 0] for name in MEASURES} | right)
     rows = list(ends(tmp_path, "rlvr-solo")["rlvr-solo"].values())
     assert figures_rl.estimate(rows, "retention").value == pytest.approx(200 / 3)
     assert figures_rl.estimate(rows, "pass@4").value == pytest.approx(100 * (0.5 + 1 + 0 + 1) / 4)
@@ -184,10 +184,10 @@ def test_table_of_measures(tmp_path):
 @pytest.mark.parametrize(
     ("row", "flags", "reason"),
     [
-        ({name: [0, 1, 1] for name in figures_rl.PANELS}, {}, "update 12, 3 problems of generated"),
+        ({name: [0, 1, 1] for name in [*MEASURES, "right_of_8"]}, {}, "update 12, 3 problems of generated"),
         ({}, {"problems": "openai/gsm8k"}, "2 problems of openai/gsm8k"),
         ({}, {"validation": True}, r"generated \(validation\)"),
-        ({"update": 24}, {"updates": 24}, "update 24, 2 problems"),
+        ({"update": 24, "right_of_8": [8, 1]}, {"updates": 24}, "update 24, 2 problems"),
     ],
 )
 def test_runs_that_were_measured_differently_are_not_compared(tmp_path, row, flags, reason):
@@ -198,6 +198,27 @@ def test_runs_that_were_measured_differently_are_not_compared(tmp_path, row, fla
     for draw in (figures_rl.table_of_differences, figures_rl.table_of_measures, figures_rl.figure_rlvr):
         with pytest.raises(Refused, match=f"rlvr-tandem.seed-0: update 12, 2 problems of generated; .*rlvr-solo.seed-0: .*{reason}"):
             draw(tmp_path, ["rlvr-tandem", "rlvr-solo"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"drift": [0.1]}, {"word": None}, {"solo": []}, {"legibility": [0.1, float("nan")]}, {"right_of_8": [9, 0]}, {"handoff": [1, "0"]}],
+)
+def test_measures_that_no_run_writes_are_refused(tmp_path, row):
+    write_measures(tmp_path / "rlvr-solo" / "seed-0", {}, row)
+    with pytest.raises(Refused, match=r"measures.jsonl cannot be used \(what it says of update 12"):
+        figures_rl.read_measures(tmp_path, ["rlvr-solo"])
+
+
+def test_a_finished_run_needs_pass_at_4_and_its_flags(tmp_path):
+    folder = tmp_path / "rlvr-solo" / "seed-0"
+    write_measures(folder, {}, {}, {}, updates=12)
+    with pytest.raises(Refused, match="its last row lacks right_of_8"):
+        ends(tmp_path, "rlvr-solo")
+    write_measures(folder, {}, {})
+    (folder / "config.json").write_text(json.dumps({"flags": {"updates": 12}}), encoding="utf-8")
+    with pytest.raises(Refused, match="config.json cannot be used .it lacks the values of --updates"):
+        ends(tmp_path, "rlvr-solo")
 
 
 def test_figure_rlvr(tmp_path, drawn):

@@ -1,6 +1,6 @@
 """Interrupted runs, damaged files and bad values: the right result, or one message that names path and remedy.
 
-Kills at random moments are in tests/kill.py, a hundred bad command lines and files in tests/bad_input.py.
+Kills at random moments are in tests/kill.py, two hundred bad command lines and files in tests/bad_input.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from test_runner import always_right, rows, without_times  # noqa: F401  a fixture
 
 import run_gsm8k
-from lab import runs
+from lab import benchmark, runs
 from lab.problems import chat_prompt, load_gsm8k
 from run_gsm8k import main, parse_args
 
@@ -229,10 +229,10 @@ def test_one_sided_batches_are_judged_over_several_updates(tmp_path):
     shares = {0: None, 1: 0.5, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0}
     runs.append_rows(path, [{"update": update, "senior_share": share} for update, share in shares.items()])
     for update in (1, 2, 3, 4, 5):
-        run_gsm8k.check_both_wrote({"update": update, "senior_share": 1.0}, args)
-    run_gsm8k.check_both_wrote({"update": 6, "senior_share": 0.0}, args)
+        runs.check_both_wrote({"update": update, "senior_share": 1.0}, args)
+    runs.check_both_wrote({"update": 6, "senior_share": 0.0}, args)
     with pytest.raises(SystemExit, match="update 6: the senior wrote 100% of the tokens of 5 tandem batches in a row"):
-        run_gsm8k.check_both_wrote({"update": 6, "senior_share": 1.0}, args)
+        runs.check_both_wrote({"update": 6, "senior_share": 1.0}, args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,6 +268,17 @@ def test_lines_that_are_no_rows_are_named(copy, line):
         file.write(f"{line}\n")
     with pytest.raises(SystemExit, match="metrics.jsonl cannot be used .line 4 is not a row"):
         main(command)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\x80\x04", b"[" * 10**5])
+def test_a_damaged_benchmark_is_named_before_anything_is_measured(tmp_path, monkeypatch, content):
+    path = tmp_path / "benchmark.json"
+    path.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--only", "tiny", "--out", str(path)])
+    monkeypatch.setattr(benchmark, "PARTS", {"tiny": None})
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(str(path))} cannot be used .*: restore it from a copy, remove it, or"):
+        benchmark.main()
+    assert path.read_bytes() == content
 
 
 def test_lines_that_are_no_json_are_skipped(tmp_path):

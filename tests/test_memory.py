@@ -1,14 +1,19 @@
 """The plan counts the parameters that a model has, and finds the fewest even parts that fit."""
 
 import argparse
+import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
 from conftest import gpt2, llama
-from lab.memory import GIB, Plan, Shape, fit_to_memory, shape_of
+from lab import tiny
+from lab.memory import GIB, Plan, Shape, fit_to_memory, free_memory, shape_of
+from run_gsm8k import parse_args
 
 # Llama-2-7B by hand: 32 layers of 4 * 4096^2 + 3 * 4096 * 11008 parameters. LoRA adds in + out for each of the 7 linear layers.
 LLAMA_2 = Shape(
@@ -83,11 +88,21 @@ def prompts_of_48_tokens(monkeypatch):
 def flags(**changes) -> argparse.Namespace:
     """The flags that fit_to_memory reads."""
     defaults = dict(device="cpu", memory=None, four_bit=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0)
-    batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, max_new_tokens=112)
+    batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, jobs=1, max_new_tokens=112)
     return argparse.Namespace(**defaults | batches | changes)
 
 
-def test_without_a_budget_only_the_rollout_batch_is_cut_to_what_is_ever_written_at_one_time(base_folder, capsys):
+@pytest.fixture
+def machine(monkeypatch):
+    """Give this process a machine of which so many bytes are available."""
+
+    def give(available: float) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+
+    return give
+
+
+def test_with_room_enough_only_the_rollout_batch_is_cut_to_what_is_ever_written_at_one_time(base_folder, capsys):
     args = flags()
     args.rollout_batch, args.micro_tokens = fit_to_memory(args, base_folder, base_folder, [], [])
     assert (args.rollout_batch, args.micro_tokens) == (200, 2048)
@@ -103,6 +118,54 @@ def test_batches_are_cut_to_the_budget(base_folder):
     options = dict(four_bit=False, half_precision=False, rank=4, checkpointing=False, eight_bit_adam=False)
     plan = Plan([shape], **options, prompt=48, new=112)
     assert plan.peak(args.rollout_batch, args.micro_tokens) <= 8 * 2**20
+
+
+def test_on_a_cpu_the_budget_is_what_the_machine_has_left(base_folder, machine):
+    machine(8 * 2**20)
+    cut = fit_to_memory(flags(), base_folder, base_folder, [], [])
+    assert cut == fit_to_memory(flags(memory=8 / 1024), base_folder, base_folder, [], [])
+    assert cut[0] < 200
+    assert cut[1] < 2048
+
+
+@pytest.mark.parametrize("absurd", [{"rank": 200_000}, {"batch": 10**7}, {"eval_problems": 10**7}])
+def test_what_the_machine_cannot_hold_is_refused(base_folder, machine, absurd):
+    """A machine of 4 GiB."""
+    machine(4 * GIB)
+    with pytest.raises(ValueError, match=r"more than the budget of 4\.0 GiB.*a smaller --rank, .*--batch or --eval-problems"):
+        fit_to_memory(flags(**absurd), base_folder, base_folder, [], [])
+
+
+def test_an_absurd_rollout_batch_is_cut(base_folder, machine):
+    machine(4 * GIB)
+    rollout_batch, micro_tokens = fit_to_memory(flags(rollout_batch=10**6, batch=10**5), base_folder, base_folder, [], [])
+    assert 100 < rollout_batch < 10**5
+    assert micro_tokens == 2048
+
+
+def test_the_default_run_fits_a_small_machine(machine, capsys):
+    """With 1 GiB available, as on a machine of 4 GiB with other programs, the tiny preset keeps its batches."""
+    machine(GIB)
+    args = parse_args("--setting all --preset tiny --device cpu".split())
+    assert fit_to_memory(args, str(tiny.FOLDER), str(tiny.FOLDER), [], []) == (200, 8192)
+    assert "to fit" not in capsys.readouterr().out
+
+
+def test_the_processes_of_a_machine_share_its_memory(machine, monkeypatch):
+    machine(4 * GIB)
+    assert free_memory(on_gpu=False) == 4 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(on_gpu=False) == GIB
+
+
+@pytest.mark.parametrize("few", [{"batch": 4}, {"eval_problems": 4}])
+def test_more_processes_than_rollouts_are_refused(base_folder, monkeypatch, few):
+    monkeypatch.setattr("lab.parallel.gather", lambda value: [value])
+    monkeypatch.setattr("lab.parallel.world_size", lambda: 4)
+    fit_to_memory(flags(**few), base_folder, base_folder, [], [])
+    monkeypatch.setattr("lab.parallel.world_size", lambda: 5)
+    with pytest.raises(ValueError, match="do not give each of the 5 processes a rollout: .*fewer processes with --nproc-per-node"):
+        fit_to_memory(flags(**few), base_folder, base_folder, [], [])
 
 
 def test_a_run_that_cannot_fit_is_refused(base_folder):
@@ -132,6 +195,13 @@ def test_what_was_cut_is_said(base_folder, capsys):
     assert re.search(r"to fit, \d+ rollouts at a time instead of 200 and \d+ tokens per pass instead of 2048", capsys.readouterr().out)
 
 
+def test_a_shape_that_no_model_has_is_left_to_the_loading_of_the_model(base_folder, tmp_path, capsys):
+    config = json.loads(Path(base_folder, "config.json").read_text()) | {"hidden_size": -8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fit_to_memory(flags(), str(tmp_path), str(tmp_path), [], []) == (200, 2048)
+    assert "memory plan: none for" in capsys.readouterr().out
+
+
 def test_an_architecture_without_a_plan_is_not_blocked(base_folder, monkeypatch, capsys):
     def no_shape(config):
         raise AttributeError("head_dim is a per-layer attribute")
@@ -139,3 +209,13 @@ def test_an_architecture_without_a_plan_is_not_blocked(base_folder, monkeypatch,
     monkeypatch.setattr("lab.memory.shape_of", no_shape)
     assert fit_to_memory(flags(), base_folder, base_folder, [], []) == (200, 2048)
     assert "memory plan: none for" in capsys.readouterr().out
+
+
+def test_runs_at_a_time_share_the_memory_and_the_largest_batch_counts(base_folder, machine):
+    """Two jobs plan for half of what is available each; an arm with more rollouts per update than the command line counts."""
+    machine(16 * 2**20)
+    half = fit_to_memory(flags(jobs=2), base_folder, base_folder, [], [])
+    machine(8 * 2**20)
+    assert half == fit_to_memory(flags(), base_folder, base_folder, [], [])
+    with pytest.raises(ValueError, match="more than the budget"):
+        fit_to_memory(flags(), base_folder, base_folder, [flags(batch=10**5)], [])

@@ -1,6 +1,7 @@
 """The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -214,6 +215,15 @@ def test_a_checkpoint_that_lacks_weights_is_refused(base_folder, tmp_path):
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(ValueError, match=r"lacks weights such as model.layers.2.*again"):
+        load_pair(str(tmp_path / "base"), str(tmp_path / "base"), rank=4, four_bit=False, device="cpu")
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 0}, {"hidden_size": -8}, {"hidden_size": "wide"}, {"model_type": "vit"}])
+def test_a_configuration_of_no_usable_model_is_refused_by_name(base_folder, tmp_path, changes):
+    shutil.copytree(base_folder, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}/base.*(Choose another model|Name a local folder)"):
         load_pair(str(tmp_path / "base"), str(tmp_path / "base"), rank=4, four_bit=False, device="cpu")
 
 

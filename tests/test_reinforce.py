@@ -1,6 +1,7 @@
 """The loss by hand, and what must not change it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,16 @@ def test_inputs_are_not_modified(tokenizer):
         assert torch.equal(getattr(rollouts, name), getattr(copy, name))
 
 
+def test_masks_that_contradict_each_other_are_refused():
+    """An author of padding, or a mask of another width, is a mistake in whatever made the rollouts."""
+    rollouts = make_rollouts(9)
+    wrong = rollouts.senior_mask.clone()
+    wrong[0, -1] = 1
+    for mask in (wrong, rollouts.senior_mask[:, 1:]):
+        with pytest.raises(ValueError, match="senior_mask must have the shape of completion_mask"):
+            token_weights(replace(rollouts, senior_mask=mask), torch.ones(5), 1.0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # GRPO
 
@@ -273,3 +284,15 @@ def test_k3_is_never_negative_and_on_average_the_divergence():
     assert (estimate >= 0).all()
     assert (p * estimate).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
     assert kl_estimate(p.log(), p.log()).abs().max() == 0
+
+
+def test_as_a_loss_k3_has_the_gradient_of_the_divergence_from_the_junior():
+    """Enumerated over 3 tokens: the mean gradient of k3 under the senior is that of KL(junior || senior), the other direction.
+    (Its value is on average KL(senior || junior). Both are least where the two are equal.)"""
+    theta = torch.tensor([0.9, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    junior = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    senior = theta.log_softmax(-1)
+    (ours,) = torch.autograd.grad((senior.exp().detach() * kl_estimate(senior, junior.log())).sum(), theta)
+    (other,) = torch.autograd.grad((junior * (junior.log() - theta.log_softmax(-1))).sum(), theta)
+    assert ours.norm() > 0.01
+    assert (ours - other).abs().max() < 1e-12

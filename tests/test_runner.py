@@ -458,3 +458,135 @@ def test_real_format_problems(command, tmp_path):
 def test_no_runs_to_draw(tmp_path):
     with pytest.raises(SystemExit, match="metrics.jsonl"):
         figures.main(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several runs at a time
+
+
+def test_runs_side_by_side_are_those_of_one_process(command, tmp_path):
+    """--jobs 2 starts two processes, which need the same specialist at the same time: the rows of --jobs 1, bit for bit."""
+    command.remove("--jobs"), command.remove("1")
+    found = []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        main([*command, "--jobs", jobs, "--wrong-weight", "-0.5", "--out", str(out)])
+        found.append([without_times(rows(out / arm / "seed-0" / "metrics.jsonl")) for arm in ("tandem", "solo")])
+        assert json.loads((out / "solo" / "seed-0" / "config.json").read_text())["flags"]["jobs"] == int(jobs)
+    assert found[0] == found[1]
+    assert found[0][0][1]["loss"] is not None
+
+
+def test_errors_of_a_process_are_those_of_the_run(command, tmp_path):
+    """A specialist that cannot be read is found by the processes that need it, and named as without them."""
+    command[-1] = "2"
+    path = tmp_path / "runs" / "specialist" / "en" / "seed-0" / "adapter.pt"
+    path.parent.mkdir(parents=True)
+    path.write_text("damaged")
+    with pytest.raises(SystemExit, match="adapter.pt cannot be used .*remove"):
+        main(command)
+
+
+def test_a_killed_process_is_named(monkeypatch, tmp_path):
+    """As when the machine has too little memory: not waited for forever."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    def killed(*_):
+        raise BrokenProcessPool
+        yield
+
+    monkeypatch.setattr(runs.parallel, "for_each", killed)
+    args = flags_of_run(parse_args(["--setting", "skill", "--out", str(tmp_path)]), "solo", seed=0)
+    with pytest.raises(runs.Refused, match="killed, perhaps for want of memory: continue with --resume and fewer --jobs"):
+        runs.run_all([args], print, jobs=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GRPO
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--setting skill --algorithm grpo --wrong-weight -0.3",
+            "--wrong-weight: no effect on tandem, solo",
+        ),
+        ("--setting skill --clip-ratio 0.1", "--clip-ratio: no effect on tandem, solo"),
+        ("--setting skill --kl 0.1", "--kl: no effect on tandem, solo"),
+        ("--setting skill --inner-steps 2", "--inner-steps: no effect on tandem, solo"),
+        ("--setting skill --algorithm grpo --rollouts-per-prompt 1", "--rollouts-per-prompt 1: GRPO compares the rollouts of a prompt"),
+        ("--setting pressure --batch 100", "--batch 100 is not divisible by --rollouts-per-prompt 8 .arm grpo-tandem"),
+        ("--setting pressure --arms grpo-tandem --algorithm grpo", "--algorithm: no effect on grpo-tandem"),
+        ("--setting skill --algorithm ppo", "invalid choice: 'ppo'"),
+        ("--setting skill --kl nan --algorithm grpo", "--kl: nan: must be a finite number"),
+    ],
+)
+def test_flags_of_the_other_algorithm_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(flags.split())
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_defaults_follow_the_algorithm():
+    """Groups of 8 without the junior's tokens for GRPO, pairs with them for REINFORCE; --updates goes over those of an arm."""
+    args = parse_args(["--setting", "pressure"])
+    seen = {run.arm: (run.rollouts_per_prompt, run.junior_weight, run.updates) for run in run_gsm8k.runs_of(args)}
+    assert seen["grpo-tandem"] == (8, 0.0, 80)
+    assert seen["reinforce-j1"] == (2, 1.0, 80)
+    assert seen["reinforce-j0"] == (2, 0.0, 80)
+    assert flags_of_run(parse_args(["--setting", "pressure", "--updates", "3"]), "grpo-tandem", 0).updates == 3
+    assert flags_of_run(parse_args(["--setting", "pressure", "--junior-weight", "0.5"]), "grpo-tandem", 0).junior_weight == 0.5
+
+
+def test_the_first_step_of_grpo_is_the_gradient_of_the_plain_loss(command, monkeypatch):
+    """Groups of 4, of which one, two or four are right. At the moment of clipping the gradient is that of plain_loss with A in
+    the place of w, for the senior's tokens only; with a second step on the same batch the gradient is another one."""
+    batches, compared, pairs = [], [], []
+    real_weights, real_clip, real_load = run_gsm8k.token_weights, torch.nn.utils.clip_grad_norm_, run_gsm8k.models.load_pair
+    values = iter([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0] * 100)
+    monkeypatch.setattr(run_gsm8k.models, "load_pair", lambda *a, **k: pairs.append(real_load(*a, **k)) or pairs[0])
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
+
+    def weights_spy(rollouts, w, junior_weight):
+        batches.append((rollouts, real_weights(rollouts, w, junior_weight)))
+        return batches[-1][1]
+
+    def clip_spy(parameters, norm):
+        if batches:  # not while the specialist is made
+            ours = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            plain = torch.autograd.grad(plain_loss(pairs[0].senior, *batches[-1], 0.7), trainable_parameters(pairs[0].senior))
+            compared.append((ours, torch.cat([x.flatten() for x in plain])))
+        return real_clip(parameters, norm)
+
+    monkeypatch.setattr(run_gsm8k, "token_weights", weights_spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    flags = "--arms tandem --algorithm grpo --rollouts-per-prompt 4 --inner-steps 2 --updates 1 --micro-tokens 60 --lr 0.05"
+    main([*command, *flags.split()])
+    first, second = compared
+    assert first[1].norm() > 1e-3
+    assert (first[0] - first[1]).norm() < 1e-4 * first[1].norm()
+    # In the second step the ratio is no longer 1: the gradient of the plain loss at the new weights is not that of the objective.
+    assert (second[0] - second[1]).norm() > 1e-3 * second[1].norm()
+    ((rollouts, weights),) = batches
+    assert (weights[rollouts.senior_mask == 0] == 0).all()
+    assert sorted({round(weight, 2) for weight in weights.flatten().tolist()}) == [-0.87, -0.5, 0.0, 0.87, 1.5]
+
+
+def test_kl_pulls_the_senior_to_its_junior(command, monkeypatch, tmp_path):
+    """No reward at all: without the KL term nothing is learned, with it the specialist's jargon-laden distribution moves back
+    towards the base, although every advantage is 0."""
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: 0.0)
+    flags = [*command, "--arms", "solo", "--algorithm", "grpo", "--rollouts-per-prompt", "4", "--batch", "16", "--updates", "8"]
+    flags += ["--lr", "0.002", "--specialist-lr", "0.3", "--measures", "--eval-every", "8", "--eval-problems", "16"]
+    drift = {}
+    for kl in ("0", "1"):
+        out = tmp_path / kl
+        main([*flags, "--out", str(out), *(["--kl", kl] if kl != "0" else [])])
+        folder = out / "solo" / "seed-0"
+        assert (rows(folder / "metrics.jsonl")[1]["loss"] is None) == (kl == "0")
+        drift[kl] = [sum(row["drift"]) / 16 for row in rows(folder / "measures.jsonl")]
+    assert drift["0"][0] == drift["1"][0] > 0.05
+    assert drift["0"][1] == drift["0"][0]
+    assert drift["1"][1] < 0.7 * drift["1"][0]

@@ -159,6 +159,7 @@ def test_the_tables_agree_with_the_definition(before, piece, opens):
         ([b"\xe4", b"\xb8", b"\x89", b"\xe4", b"\xb8", b"\xaa"], [1, 0, 0, 1, 0, 0]),  # 三个: two words
         ([b"\xe4\xb8", b"\x89", b"\xe4\xb8\xaa"], [1, 0, 1]),  # the same in other pieces
         ([b"a\xf0\x9f", b"\x98", b"\x80", b"b"], [1, 0, 0, 1]),  # a😀b
+        ([b"\xc0", b" x", b" y"], [1, 0, 1]),  # a byte that only begins an invalid character counts as an incomplete one too
         ([b"\xd0", b"\xbf\xd1", b"\x80\xd0\xb8", b"\xd0\xb2"], [1, 0, 0, 0]),  # прив, pieces across characters
     ],
 )
@@ -198,6 +199,18 @@ def test_a_sentence_within_a_line(schedule, expected):
     """ "One. Two" is two sentences of one line; the end mark of "3.5" ends none."""
     pieces = [b"One", b".", b" 3", b".", b"5"]
     assert authors(pieces, list(range(5)), "S", schedule)[1] == expected
+
+
+@pytest.mark.parametrize("pieces", ["她 有 3 个 。 她 卖 了 1 个", "她有 3 个。 她 卖了 1 个"])
+def test_a_full_width_mark_ends_a_sentence_without_a_space(pieces):
+    pieces = pieces.split()
+    who, tosses = authors([piece.encode() for piece in pieces], list(range(len(pieces))), "SJ", "sentence")
+    assert (who.index("J"), tosses) == (pieces.index("她", 1), 2)
+
+
+@pytest.mark.parametrize(("schedule", "first"), [("sentence", b"clips. "), ("sentence", b"clips\n"), ("paragraph", b"clips\n")])
+def test_white_space_at_the_end_of_a_token_counts(schedule, first):
+    assert authors([first, b"She"], [0, 1], "SJ", schedule) == ("SJ", 2)
 
 
 def test_a_thrown_away_sample():

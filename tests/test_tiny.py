@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import re
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import tiny
+from lab.runs import Refused
 
 
 def test_constants_and_shipped_weights_belong_together():
@@ -15,6 +18,13 @@ def test_constants_and_shipped_weights_belong_together():
     assert note["checksum"] == tiny.checksum(tiny.corpus(tiny.STEPS * tiny.BATCH))
     assert note["weights"] == hashlib.sha256((tiny.FOLDER / "model.safetensors").read_bytes()).hexdigest()
     assert tiny.identity() == f"tiny-{note['checksum'][:12]}"
+
+
+@pytest.mark.parametrize("note", [b"", b"{", b"[1]", b"{}", b'{"checksum": 3}', b'{"checksum": [1]}', b"\xff", b"[" * 10**5])
+def test_a_damaged_note_is_named(tmp_path, note):
+    (tmp_path / "made.json").write_bytes(note)
+    with pytest.raises(Refused, match=f"{re.escape(str(tmp_path / 'made.json'))} cannot be used .*: restore it from a copy, or remove"):
+        tiny.identity(tmp_path)
 
 
 def test_the_identity_depends_on_constants(monkeypatch):
