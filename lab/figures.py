@@ -1,22 +1,17 @@
-"""Every figure and table, drawn from metrics.jsonl and samples.jsonl alone:  python -m lab.figures RUNS
+"""Every figure and table, drawn from the rows that runs have written, and from nothing else:  python -m lab.figures RUNS
 
-RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per update. A setting is a list of arms
-that are compared. Its figures are written to RUNS/figures/, each as PNG and as PDF:
+RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per update, samples.jsonl has some rollouts
+and measures.jsonl (with --measures) one number per problem. A setting is a list of arms that are compared. Its figures are written
+to RUNS/figures/, each as PNG and as PDF:
 
     skill         skill-figure1 (three rollouts of one problem), skill-figure2 (accuracy and jargon)
     language      language-figure2 (accuracy and jargon), language-figure3 (the language of the solutions), one column per pair
     granularity   granularity: jargon, accuracy and handoffs by schedule, and by the probability p of the senior
     control       control: is it the reward that changes the senior, or imitation?
     sweep         sweep: the weights c (of wrong rollouts) and j (of the junior's tokens)
+    pressure, pressure-language, rlvr      see lab/figures_rl.py
 
-A share, such as accuracy, is pooled over the seeds of an arm. If seed k evaluated n_k solutions and the share s_k of them is right,
-
-    share = sum_k n_k s_k / sum_k n_k,   with Wilson's 95 % interval for sum_k n_k solutions (metrics.wilson_interval)
-
-so that 3 of 4 and 1 of 4 make 4 of 8, or 50 % [21.5, 78.5]. The interval is the sampling error of the evaluation; each seed draws
-its own held-out problems. It does not say how far training differs from seed to seed: that is what the thin lines show, one per
-seed. (The pretrained base is the same for all seeds.) Any other number, such as the mean length, is averaged over the seeds.
-
+How seeds are pooled, and what the intervals and the thin lines are, stands at the top of lab/curves.py.
 This file neither loads a model nor computes a metric.
 """
 
@@ -25,235 +20,53 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import cycle, groupby
 from math import isfinite, isnan, nan
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, without a screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lab.runs import read_back, read_rows, seed_folders, unusable, writing
-from metrics import has_jargon, wilson_interval
-
-Rows = list[dict]  # the rows of one metrics.jsonl
-Runs = dict[str, list[Rows]]  # {arm: [the rows of each seed]}
-
-
-class Style(NamedTuple):
-    colour: str
-    marker: str
-    line: str = "-"
-
-
-plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 7})
-WIDTH = 7.0  # inches: the text width of a paper with two columns
-# The colours of Okabe and Ito (2008), which the colour-blind can tell apart, each with its own marker.
-BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-COLOURS_AND_MARKERS = [(BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (PINK, "v"), (SKY, "P")]
-STYLES = [Style(colour, marker, line) for line in ("-", "--", ":") for colour, marker in COLOURS_AND_MARKERS]
-JUNIOR_GREY = "#555555"
+from lab.curves import (
+    BLUE,
+    RED,
+    SKY,
+    STYLES,
+    WIDTH,
+    Point,
+    Rows,
+    Runs,
+    Style,
+    add_caption_and_save,
+    add_legend,
+    draw_arms,
+    draw_curve,
+    draw_junior,
+    labels_and_styles,
+    markdown_table,
+    pooled,
+    read_checked,
+    read_flags,
+    read_runs,
+    save,
+    updates_until,
+    with_interval,
+)
+from lab.figures_rl import (
+    PRESSURE_ARMS,
+    figure_pressure,
+    figure_rlvr,
+    table_of_differences,
+    table_of_doses,
+    table_of_measures,
+)
+from lab.runs import seed_folders
+from metrics import has_jargon
 
 # The known languages, and the styles of any other one.
 LANGUAGE_STYLES = {"en": ("English", STYLES[0]), "de": ("German", STYLES[3]), "fr": ("French", STYLES[4])}
 OTHER_LANGUAGE_STYLES = [STYLES[1], STYLES[2], *STYLES[5:]]
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From files to points of a curve
-
-
-def read_runs(folder: str | Path, arms: Iterable[str]) -> Runs:
-    """The rows of every seed of those `arms` in which senior, tandem and junior were evaluated before training.
-
-    Raises Refused for a file that holds something else than rows and evaluations.
-    """
-    runs: Runs = {}
-    for arm in arms:
-        files = [path / "metrics.jsonl" for path in seed_folders(folder, arm)]
-        # A run that has just begun has an empty file.
-        seeds = [rows for rows in (read_checked(path, is_row) for path in files if path.is_file()) if rows]
-        if seeds and all({"senior", "tandem", "junior"} <= set(rows[0].get("eval", {})) for rows in seeds):
-            runs[arm] = seeds
-    return runs
-
-
-def read_checked(path: Path, check: Callable[[dict], bool]) -> Rows:
-    """The rows of a file. Raises Refused unless each of them passes the check, so that nothing fails in the midst of a figure."""
-    rows = read_rows(path)
-    for row in rows:
-        if not check(row):
-            raise unusable(path, f"what it says of update {row['update']} is not what a run writes")
-    return rows
-
-
-def is_row(row: dict) -> bool:
-    """Whether a row of metrics.jsonl can be drawn: its evaluations and its seconds."""
-    evaluations, seconds = row.get("eval", {}), [value for key, value in row.items() if key.startswith("seconds")]
-    if not isinstance(evaluations, dict) or not all(isinstance(value, (int, float)) for value in seconds):
-        return False
-    return all(map(is_evaluation, evaluations.values()))
-
-
-def is_evaluation(evaluation) -> bool:
-    """Whether this is an evaluation: a number of solutions, shares of them, and means. A metric that somebody added may be anything."""
-    try:
-        shares = [evaluation["accuracy"], evaluation["jargon"], *evaluation["languages"].values()]
-        means = [evaluation[name] for name in ("tokens", "handoffs", "handoffs_inside") if name in evaluation]
-        return evaluation["n"] > 0 and len(shares) > 2 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, means))
-    except (KeyError, TypeError, AttributeError, OverflowError):
-        return False
-
-
-def is_sample(row: dict) -> bool:
-    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
-    try:
-        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
-        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
-
-
-def read_flags(folder: str | Path, arm: str) -> dict:
-    """The flags of an arm, from the config.json of its first seed (seeds differ in their seed only)."""
-    kinds = {"handoff": str, "p": (int, float), "solo": bool, "senior_language": str, "junior_language": str}
-    for path in (folder / "config.json" for folder in seed_folders(folder, arm)):
-        flags = read_back(path, flags=dict)["flags"]
-        wrong = [f"--{name}" for name, kind in kinds.items() if not isinstance(flags.get(name), kind)]
-        if wrong:
-            raise unusable(path, f"it lacks the values of {', '.join(wrong)}")
-        return flags
-    raise FileNotFoundError(f"{Path(folder, arm)} has no seed-<k>/config.json")
-
-
-class Point(NamedTuple):
-    """A point of a curve. Shares are in percent; what is not a share has no interval."""
-
-    update: int
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of n solutions, with a Wilson interval. Anything else is averaged and has no interval."""
-    return metric in ("accuracy", "jargon") or metric.startswith("languages.")
-
-
-def pooled(seeds: list[Rows], who: str, metric: str) -> list[Point]:
-    """A metric of `who` ("senior", "tandem", "junior") at every update at which each seed measured it.
-
-    `metric` is "accuracy", "jargon", "languages.de" (the share of solutions in German), or the name of any other number in the
-    evaluation, such as "tokens".
-    """
-    # Open in paper: seeds and intervals. Here: shares pooled over the seeds, with Wilson's interval.
-    measured = [evaluations_with(rows, who, metric) for rows in seeds]
-    points = []
-    for update in sorted(set.intersection(*map(set, measured))):
-        evaluations = [by_update[update] for by_update in measured]
-        numbers = [number_in(evaluation, metric) for evaluation in evaluations]
-        if is_share(metric):
-            # share = sum_k n_k s_k / sum_k n_k
-            n = sum(evaluation["n"] for evaluation in evaluations)
-            hits = round(sum(evaluation["n"] * share for evaluation, share in zip(evaluations, numbers)))
-            low, high = wilson_interval(hits, n)
-            points.append(Point(update, 100 * hits / n, 100 * low, 100 * high))
-        else:
-            points.append(Point(update, sum(numbers) / len(numbers)))
-    return points
-
-
-def evaluations_with(rows: Rows, who: str, metric: str) -> dict[int, dict]:
-    """{update: evaluation of `who`} for one seed, wherever the evaluation holds the metric."""
-    evaluations = {row["update"]: row["eval"][who] for row in rows if who in row.get("eval", {})}
-    return {update: evaluation for update, evaluation in evaluations.items() if number_in(evaluation, metric) is not None}
-
-
-def number_in(evaluation: dict, metric: str) -> float | None:
-    """A number of an evaluation; None if it is not there. A language in which no solution was written has the share 0."""
-    if metric.startswith("languages."):
-        return evaluation["languages"].get(metric.removeprefix("languages."), 0.0)
-    return evaluation.get(metric)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts of a figure
-
-
-def draw_curve(ax: Axes, seeds: list[Rows], who: str, metric: str, style: Style, label: str) -> None:
-    """A metric against updates: a thin line per seed, and a thick line over all seeds, with its band if it is a share."""
-    points = pooled(seeds, who, metric)
-    if not points:
-        raise ValueError(f"{label}: there is no update at which every seed has measured {metric!r} of {who!r}")
-    if len(seeds) > 1:
-        for rows in seeds:
-            of_one_seed = pooled([rows], who, metric)
-            updates, values = [point.update for point in of_one_seed], [point.value for point in of_one_seed]
-            ax.plot(updates, values, color=style.colour, alpha=0.4, linewidth=0.5)
-    updates, values = [point.update for point in points], [point.value for point in points]
-    ax.plot(updates, values, color=style.colour, marker=style.marker, linestyle=style.line, markersize=2.5, linewidth=1.2, label=label)
-    if is_share(metric):
-        low, high = [point.low for point in points], [point.high for point in points]
-        ax.fill_between(updates, low, high, color=style.colour, alpha=0.2, linewidth=0)
-        ax.set_ylim(-3, 103)
-
-
-def draw_arms(ax: Axes, runs: Runs, labels: dict[str, tuple[str, Style]], who: str, metric: str) -> None:
-    """A curve for each arm, with its label and style."""
-    for arm, seeds in runs.items():
-        label, style = labels[arm]
-        draw_curve(ax, seeds, who, metric, style, label)
-
-
-def draw_junior(ax: Axes, runs: Runs, metric: str) -> None:
-    """A horizontal line for the junior alone, which is not trained: from the arm with the most seeds, if it measured the metric."""
-    points = pooled(max(runs.values(), key=len), "junior", metric)
-    if points:
-        ax.axhline(points[0].value, color=JUNIOR_GREY, linestyle="--", linewidth=1, label="junior alone")
-        if is_share(metric):
-            ax.axhspan(points[0].low, points[0].high, color=JUNIOR_GREY, alpha=0.1, linewidth=0)
-
-
-def labels_and_styles(arms: Iterable[str], known: dict[str, str]) -> dict[str, tuple[str, Style]]:
-    """{arm: (label, style)}. A known arm has the same style in every figure; any other one follows under its own name."""
-    unknown = [arm for arm in dict.fromkeys(arms) if arm not in known]
-    return {arm: (known.get(arm, arm), style) for arm, style in zip([*known, *unknown], cycle(STYLES))}
-
-
-def add_legend(ax: Axes, panels: Iterable[Axes], **options) -> None:
-    """In `ax`, a legend of all labels of the panels, each once."""
-    entries: dict = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels()):
-            entries.setdefault(label, handle)
-    ax.legend(entries.values(), entries.keys(), **options)
-
-
-def add_caption_and_save(figure: Figure, runs: Runs, path: Path, note: str = "") -> Path:
-    """Say below the figure how many seeds there are and what the bands are, and save it."""
-    counts = sorted({len(seeds) for seeds in runs.values()})
-    if counts == [1]:
-        caption = "1 seed per arm."
-    else:
-        caption = f"{' or '.join(map(str, counts))} seeds per arm: thin lines are single seeds, thick lines all seeds pooled."
-    caption += f" Bands: 95 % Wilson intervals of the evaluation. {note}"
-    figure.supxlabel("\n".join(textwrap.wrap(caption, 135)), fontsize=7, color="#333333")
-    return save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, and beside it as PDF. Without a creation date, the same rows give the same PDF."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200)
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(figure)
-    return path
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Skill. A function below that is named after a figure draws it and returns the path of the PNG.
@@ -333,6 +146,16 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
     return None
 
 
+def is_sample(row: dict) -> bool:
+    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
+    try:
+        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
+        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
+
+
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:
     """Wrap a rollout of (author, text) spans into lines of (column, author, text), at spaces where there are any.
 
@@ -410,16 +233,16 @@ def title_of(pair: str) -> str:
     return f"{language_name(senior)} → {language_name(junior)}"
 
 
-def names_of(pairs: dict[str, Runs]) -> list[str]:
-    """The names of the arms of all pairs, each once: those of SKILL_ARMS first."""
+def names_of(pairs: dict[str, Runs], known: dict[str, str]) -> list[str]:
+    """The names of the arms of all pairs, each once: the known ones first."""
     names = dict.fromkeys(name for runs in pairs.values() for name in runs)
-    return [name for name in SKILL_ARMS if name in names] + [name for name in names if name not in SKILL_ARMS]
+    return [name for name in known if name in names] + [name for name in names if name not in known]
 
 
-def figure_2_languages(folder: Path, runs: Runs) -> Path:
+def figure_2_languages(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
     """Figure 2 where senior and junior speak different languages: one column per pair."""
     pairs = runs_by_pair(folder, runs)
-    labels = labels_and_styles(names_of(pairs), SKILL_ARMS)
+    labels = labels_and_styles(names_of(pairs, known), known)
     figure, axes = plt.subplots(2, len(pairs), figsize=(WIDTH, 3.8), layout="constrained", sharey=True, sharex=True, squeeze=False)
     for column, (pair, arms) in zip(axes.T, pairs.items()):
         column[0].set_title(title_of(pair))
@@ -430,7 +253,7 @@ def figure_2_languages(folder: Path, runs: Runs) -> Path:
     axes[1, 0].set_ylabel("solutions with jargon (%)")
     label_updates(axes)
     add_legend(axes[1, 0], axes.flat)
-    return add_caption_and_save(figure, runs, folder / "figures" / "language-figure2.png", PAIR_NOTE)
+    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure2.png", PAIR_NOTE)
 
 
 def label_updates(axes) -> None:
@@ -441,11 +264,12 @@ def label_updates(axes) -> None:
         ax.set_xlabel("updates")
 
 
-def figure_3(folder: Path, runs: Runs) -> Path:
+def figure_3(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
     """The languages of the senior's solutions against updates: one column per pair, one row for each way of training."""
     pairs = runs_by_pair(folder, runs)
-    names, languages = names_of(pairs), languages_to_draw(runs)
-    size = (WIDTH, 1.9 * len(names))
+    names, languages = names_of(pairs, known), languages_to_draw(runs)
+    # A single row needs room for its label.
+    size = (WIDTH, max(2.6, 1.9 * len(names)))
     figure, axes = plt.subplots(len(names), len(pairs), figsize=size, layout="constrained", sharey=True, sharex=True, squeeze=False)
     for column, (pair, arms) in zip(axes.T, pairs.items()):
         column[0].set_title(title_of(pair))
@@ -454,10 +278,10 @@ def figure_3(folder: Path, runs: Runs) -> Path:
                 for code, (language, style) in languages.items():
                     draw_curve(ax, arms[name], "senior", f"languages.{code}", style, language)
     for ax, name in zip(axes[:, 0], names):
-        ax.set_ylabel(f"{SKILL_ARMS.get(name, name)}:\nsolutions (%)")
+        ax.set_ylabel(f"{known.get(name, name)}:\nsolutions (%)")
     label_updates(axes)
     add_legend(axes[0, -1], axes.flat, loc="center right")
-    return add_caption_and_save(figure, runs, folder / "figures" / "language-figure3.png", PAIR_NOTE)
+    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure3.png", PAIR_NOTE)
 
 
 def languages_to_draw(runs: Runs) -> dict[str, tuple[str, Style]]:
@@ -649,11 +473,6 @@ def figure_sweep(folder: Path, runs: Runs) -> Path:
     return add_caption_and_save(figure, runs, folder / "figures" / "sweep.png", note)
 
 
-def updates_until(seeds: list[Rows], level: float) -> float:
-    """The first evaluated update at which the senior's jargon is under `level` percent; nan if there is none."""
-    return next((float(point.update) for point in pooled(seeds, "senior", "jargon") if point.value < level), nan)
-
-
 def heat_map(ax: Axes, numbers: dict[Cell, float], diverged: set[Cell], chosen: Cell | None, colours: str) -> None:
     """A coloured grid of c against j with its number in each cell and a frame around the chosen cell."""
     cs, js = sorted({c for c, _ in numbers}, reverse=True), sorted({j for _, j in numbers})
@@ -715,8 +534,7 @@ def table(runs: Runs) -> str:
     """
     added = added_metrics(runs)
     headings = [*HEADINGS, "minutes per seed", *added]
-    lines = [markdown_row(headings), "|---" * len(headings) + "|"]
-    return "\n".join(lines + [markdown_row(table_row(arm, seeds, added)) for arm, seeds in runs.items()])
+    return markdown_table(headings, [table_row(arm, seeds, added) for arm, seeds in runs.items()])
 
 
 def added_metrics(runs: Runs) -> list[str]:
@@ -745,14 +563,6 @@ def table_row(arm: str, seeds: list[Rows], added: list[str]) -> list[str]:
     ]
 
 
-def markdown_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def with_interval(point: Point) -> str:
-    return f"{point.value:.1f} [{point.low:.1f}, {point.high:.1f}]"
-
-
 def range_over_seeds(seeds: list[Rows], who: str, metric: str) -> str:
     """The lowest and the highest seed at the last evaluation, such as " (7.0–98.5)"; nothing if there is one seed."""
     values = [pooled([rows], who, metric)[-1].value for rows in seeds]
@@ -774,17 +584,26 @@ def language_change(seeds: list[Rows]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Everything
 
+PRESSURE_LANGUAGE = {"known": PRESSURE_ARMS, "setting": "pressure-language"}
 FIGURES: dict[str, list[Callable[[Path, Runs], Path | None]]] = {
     "skill": [figure_1, figure_2],
     "language": [figure_2_languages, figure_3],
     "granularity": [figure_granularity],
     "control": [figure_control],
     "sweep": [figure_sweep],
+    "pressure": [figure_pressure],
+    "pressure-language": [partial(draw_figure, **PRESSURE_LANGUAGE) for draw_figure in (figure_2_languages, figure_3)],
+    "rlvr": [figure_rlvr],
+}
+# What is printed after the table of a setting.
+TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
+    "pressure": [table_of_doses],
+    "rlvr": [table_of_measures, table_of_differences],
 }
 
 
 def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its table.
+    """Draw the figures of one setting into folder/figures/ and print its tables.
 
     Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
     """
@@ -797,7 +616,8 @@ def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
     for arm in arms_in(folder):
         if arm in arms and arm not in runs:
             print(f"{folder / arm} is left out: not every seed has evaluated senior, junior and both together")
-    print(table(runs))
+    further = [make_table(folder, runs) for make_table in TABLES.get(setting, [])]
+    print("\n\n".join([table(runs), *filter(None, further)]))
     if setting not in FIGURES:
         print(f"{setting} has no figure: add a function to FIGURES in lab/figures.py")
     for draw_figure in FIGURES.get(setting, []):

@@ -6,11 +6,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, so that no test waits for a network
 
 import lab  # noqa: F401  before torch: it sets how threads wait
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lab import curves, figures, figures_rl
 from rollout import Pair, random_numbers, rollout
 from tandem import build_tables, token_bytes
 
@@ -31,6 +33,21 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=330, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name of the file: figure} of all figures that a test draws. For speed they are not written."""
+    found = {}
+
+    def keep(figure, path):
+        found[path.name] = figure
+        return path
+
+    for module in (curves, figures, figures_rl):
+        monkeypatch.setattr(module, "save", keep)
+    yield found
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")

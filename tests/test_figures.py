@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
-from lab import figures
+from lab import curves, figures, figures_rl
 
 FLAGS = {"handoff": "word", "p": 0.5, "solo": False, "senior_language": "en", "junior_language": "en"}
 PNG = b"\x89PNG"
@@ -40,23 +40,27 @@ def write_samples(path, text, question, n=3):
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
 
 
+MEASURES = dict(solo=[1, 0], handoff=[1, 0], word=[1, 0], continued_25=[1, 0], continued_50=[1, 0], continued_75=[1, 0])
+MEASURES |= dict(legibility=[0.5, 0.3], drift=[0.2, 0.1], drift_k3=[0.2, 0.2])
+
+
+def write_measures(folder, *rows, updates=None, **flags):
+    """measures.jsonl for updates 0, 12, 24, ... of two problems each, with what the rows change in MEASURES.
+
+    `updates`: the number of updates in config.json, if the run has not finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last = 12 * (len(rows) - 1) if updates is None else updates
+    at_the_ends = {0: {"right_of_8": [8, 1]}, last: {"right_of_8": [8, 1]}}
+    lines = [{"update": 12 * i} | MEASURES | at_the_ends.get(12 * i, {}) | row for i, row in enumerate(rows)]
+    (folder / "measures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = FLAGS | {"updates": last, "problems": "generated", "validation": False} | flags
+    (folder / "config.json").write_text(json.dumps({"flags": flags}), encoding="utf-8")
+
+
 def write_arm(runs, arm, **flags):
     """One seed of an arm, with two evaluations, in which jargon goes from 100 to 50 %."""
     write_seed(runs / arm / "seed-0", (0.75, 1, 0.5), (0.5, 0.5, 0.75), flags=flags)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """{name of the file: figure} of all figures that a test draws. For speed they are not written."""
-    found = {}
-
-    def keep(figure, path):
-        found[path.name] = figure
-        return path
-
-    monkeypatch.setattr(figures, "save", keep)
-    yield found
-    plt.close("all")
 
 
 def labels_in(ax):
@@ -71,19 +75,19 @@ def test_pooling(tmp_path):
     """Two seeds, 3 of 4 and 1 of 4: pooled 4 of 8, with the Wilson interval of 8. A language in which nobody wrote is 0 of 8."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1.0, 0.0))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1.0, 0.0))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    (point,) = figures.pooled(seeds, "senior", "accuracy")
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    (point,) = curves.pooled(seeds, "senior", "accuracy")
     assert (point.update, point.value) == (0, 50)
     assert (point.low, point.high) == pytest.approx((21.52, 78.48), abs=1e-2)
-    assert figures.pooled(seeds, "senior", "languages.de")[0].value == 75
-    assert figures.pooled(seeds, "senior", "languages.fr")[0][:3] == (0, 0, 0)
+    assert curves.pooled(seeds, "senior", "languages.de")[0].value == 75
+    assert curves.pooled(seeds, "senior", "languages.fr")[0][:3] == (0, 0, 0)
 
 
 def test_only_evaluations_of_every_seed_are_pooled(tmp_path):
     write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1), (1, 1, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (1, 1, 1))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    assert [[point.update for point in figures.pooled(some, "senior", "accuracy")] for some in (seeds, seeds[:1])] == [[0], [0, 4]]
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    assert [[point.update for point in curves.pooled(some, "senior", "accuracy")] for some in (seeds, seeds[:1])] == [[0], [0, 4]]
 
 
 def test_only_arms_that_evaluated_all_three_are_read(tmp_path):
@@ -91,7 +95,7 @@ def test_only_arms_that_evaluated_all_three_are_read(tmp_path):
     write_arm(tmp_path, "solo")
     row = {"update": 0, "eval": {"junior": {"n": 4, "accuracy": 1.0, "jargon": 0.0, "languages": {"en": 1.0}}}}
     (tmp_path / "solo" / "seed-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert list(figures.read_runs(tmp_path, ["solo", "tandem", "absent"])) == ["tandem"]
+    assert list(curves.read_runs(tmp_path, ["solo", "tandem", "absent"])) == ["tandem"]
 
 
 def test_the_best_cell_of_the_sweep(tmp_path):
@@ -111,16 +115,16 @@ def test_the_best_cell_of_the_sweep(tmp_path):
 def test_updates_until(tmp_path):
     """Jargon 100, 50, 0 %: under 60 at update 4, under 5 at 8, under 0 never."""
     write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1), (1, 0.5, 1), (1, 0, 1))
-    seeds = figures.read_runs(tmp_path, ["tandem"])["tandem"]
-    assert [figures.updates_until(seeds, level) for level in (60, 5)] == [4, 8]
-    assert figures.updates_until(seeds, 0) != figures.updates_until(seeds, 0)  # nan
+    seeds = curves.read_runs(tmp_path, ["tandem"])["tandem"]
+    assert [curves.updates_until(seeds, level) for level in (60, 5)] == [4, 8]
+    assert curves.updates_until(seeds, 0) != curves.updates_until(seeds, 0)  # nan
 
 
 def test_table(tmp_path):
     """Two seeds: the senior's accuracy 4 of 8, then 6 of 8 (2 and 4 of 4); 4 evaluations of half a minute: 1.0 minutes per seed."""
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1, 0), (1.0, 0, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1, 0), (0.5, 0, 1))
-    head, _, row = figures.table(figures.read_runs(tmp_path, ["tandem"])).splitlines()
+    head, _, row = figures.table(curves.read_runs(tmp_path, ["tandem"])).splitlines()
     assert head.endswith("| language | minutes per seed |")
     assert row == (
         "| tandem | 2 | 4 | 50.0 → 75.0 [40.9, 92.9] (50.0–100.0) | 100.0 → 0.0 [0.0, 32.4] (0.0–0.0) "
@@ -133,18 +137,18 @@ def test_an_added_metric_has_a_column_and_can_be_drawn(tmp_path):
     for seed, perplexity in enumerate((120.0, 130.0)):
         write_seed(tmp_path / "tandem" / f"seed-{seed}", (1, 1, 1), (1, 1, 1), perplexity=perplexity, words=["any", "thing"])
     write_arm(tmp_path, "solo")
-    runs = figures.read_runs(tmp_path, ["tandem", "solo"])
+    runs = curves.read_runs(tmp_path, ["tandem", "solo"])
     head, _, tandem, solo = figures.table(runs).splitlines()
     assert head.endswith("| minutes per seed | perplexity |")
     assert tandem.endswith("| 125 → 125 |")
     assert solo.endswith("| – |")
     figure, ax = plt.subplots()
-    figures.draw_curve(ax, runs["tandem"], "senior", "perplexity", figures.STYLES[0], "mine")
+    curves.draw_curve(ax, runs["tandem"], "senior", "perplexity", curves.STYLES[0], "mine")
     assert [list(line.get_ydata()) for line in ax.lines] == [[120, 120], [130, 130], [125, 125]]
     assert len(ax.collections) == 0
     assert ax.get_ylim()[1] > 130
     with pytest.raises(ValueError, match="acuracy"):
-        figures.draw_curve(ax, runs["tandem"], "senior", "acuracy", figures.STYLES[0], "a typing error")
+        curves.draw_curve(ax, runs["tandem"], "senior", "acuracy", curves.STYLES[0], "a typing error")
     plt.close(figure)
 
 
@@ -181,7 +185,7 @@ def test_equal_schedules_share_a_label(tmp_path, drawn):
 
 
 def test_more_arms_than_styles_are_all_drawn(tmp_path, drawn):
-    arms = [f"arm-{i}" for i in range(len(figures.STYLES) + 2)]
+    arms = [f"arm-{i}" for i in range(len(curves.STYLES) + 2)]
     for arm in arms:
         write_arm(tmp_path, arm, handoff=arm)
     figures.draw(tmp_path, "skill", arms)
@@ -249,8 +253,12 @@ SETTINGS = {
     "granularity": ["token", "tandem", "p-0.25", "solo"],
     "control": ["tandem", "shuffled", "senior-only", "de-fr-tandem", "de-fr-shuffled", "de-fr-senior-only"],
     "sweep": ["c0-j0", "c0-j1", "c-0.5-j1"],
+    "pressure": ["grpo-tandem", "reinforce-j1"],
+    "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
+    "rlvr": ["rlvr-tandem", "rlvr-solo"],
 }
 FILES = ["skill-figure1", "skill-figure2", "language-figure2", "language-figure3", "granularity", "control", "sweep"]
+FILES += ["pressure", "pressure-language-figure2", "pressure-language-figure3", "rlvr"]
 
 
 def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
@@ -264,6 +272,11 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     write_arm(tmp_path, "test-c-0.5-j1")
     write_arm(tmp_path, "stray")
     write_samples(tmp_path / "tandem" / "seed-0" / "samples.jsonl", "3+4=", "How many?")
+    write_seed(tmp_path / "dose" / "0.02" / "grpo-tandem" / "seed-0", (0.75, 1, 0.25), (0.5, 0, 0.75))
+    for arm in SETTINGS["rlvr"]:
+        write_measures(tmp_path / arm / "seed-0", {}, {})
+    # The intervals take long and are tested elsewhere.
+    monkeypatch.setattr(figures_rl, "bootstrap_interval", lambda values, statistic: (0.0, 1.0))
     figures.main(str(tmp_path))
     printed = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
@@ -276,6 +289,9 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     assert all(f"| {arm} | 1 | 4 |" in printed for arms in SETTINGS.values() for arm in arms)
     assert "| test-c-0.5-j1 | 1 | 4 |" in printed
     assert "stray is in no setting" in printed
+    # The further tables stand below that of their setting, each after an empty line.
+    assert printed.count("\n\n| ") == 3
+    assert all(f"\n\n| {heading} | " in printed for heading in ("annotated", "arm | seeds | solo", "difference"))
 
 
 def test_the_sweep_says_what_became_of_each_cell(tmp_path, drawn):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import figures
+from lab import curves, figures
 from run_gsm8k import SETTINGS
 
 HERE = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_tables_are_those_of_the_results(setting):
     """Each row is what lab/figures.py makes of the committed files."""
-    rows = figures.table(figures.read_runs(TINY, figures.complete_setting(TINY, setting, SETTINGS[setting]))).splitlines()
+    rows = figures.table(curves.read_runs(TINY, figures.complete_setting(TINY, setting, SETTINGS[setting]))).splitlines()
     assert len(rows) >= 4
     assert [row for row in rows if row not in RESULTS] == []
 
@@ -33,11 +33,11 @@ def test_percentages_are_those_of_the_results():
     """Every "97.8 % [96.3, 98.7]" is what some arm has measured at some update."""
     measured = set()
     for folder in (TINY, *(HERE / "results" / "smol" / name for name in ("generated", "gsm8k"))):
-        for seeds in figures.read_runs(folder, figures.arms_in(folder)).values():
+        for seeds in curves.read_runs(folder, figures.arms_in(folder)).values():
             languages = [f"languages.{code}" for code in figures.languages_written(seeds)]
             for who in ("senior", "tandem", "junior"):
                 for metric in ("accuracy", "jargon", *languages):
-                    measured |= {f"{p.value:.1f} % [{p.low:.1f}, {p.high:.1f}]" for p in figures.pooled(seeds, who, metric)}
+                    measured |= {f"{p.value:.1f} % [{p.low:.1f}, {p.high:.1f}]" for p in curves.pooled(seeds, who, metric)}
     stated = {number for text in READMES.values() for number in re.findall(r"\d+\.\d % \[\d+\.\d, \d+\.\d\]", " ".join(text.split()))}
     assert len(stated) > 15
     assert stated - measured == set()
