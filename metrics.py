@@ -146,9 +146,8 @@ def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.
         legibility   -log junior(y_t)                                     the junior's cross-entropy
         drift        sum_v senior(v) * (log senior(v) - log junior(v))    KL(senior || junior), exact over the vocabulary
         drift_k3     its estimate from y_t alone (reinforce.py, equation 6)
-
-    # Open in paper: how the distance from the junior was measured.
     """
+    # Open in paper: how the distance from the junior was measured.
     written = [logprobs.gather(2, ids[:, :, None])[:, :, 0] for logprobs in (senior, junior)]  # (B, C) each
     per_token = {
         "legibility": -written[1],
