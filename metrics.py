@@ -152,9 +152,10 @@ def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.
     per_token = {
         "legibility": -written[1],
         "drift": (senior.exp() * (senior - junior)).sum(-1),
-        "drift_k3": kl_estimate(*written),
+        "drift_k3": kl_estimate(*written, mask),
     }
-    return {name: (values * mask).sum(1) / mask.sum(1) for name, values in per_token.items()}
+    # An empty solution has the value 0.
+    return {name: (values * mask).sum(1) / mask.sum(1).clamp(min=1) for name, values in per_token.items()}
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:

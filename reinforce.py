@@ -85,7 +85,9 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards in groups of {group_size}: a group is two or more rollouts of one problem")
     groups = rewards.view(-1, group_size)  # (problems, G)
-    centred = groups - groups.mean(1, keepdim=True)
+    # Equal rewards differ from their mean by rounding, which the tiny denominator would blow up.
+    all_equal = groups.amin(1, keepdim=True) == groups.amax(1, keepdim=True)
+    centred = (groups - groups.mean(1, keepdim=True)).masked_fill(all_equal, 0.0)
     # std is the unbiased one, with G - 1 in the denominator.
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
@@ -115,15 +117,16 @@ def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weight
     return torch.minimum(ratio * weights, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weights)
 
 
-def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor) -> torch.Tensor:
-    """k3 of equation (6) for every token, (B, C). It is never negative.
+def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """k3 of equation (6) for every token of the mask, (B, C), and 0 elsewhere. It is not negative, up to rounding.
 
-    Averaged over tokens that the senior wrote, its value is KL(senior || junior) (Schulman, 2020, "Approximating KL
+    Averaged over tokens that this senior sampled, its value is KL(senior || junior) (Schulman, 2020, "Approximating KL
     Divergence"). Its gradient, with the tokens held fixed, averages to that of KL(junior || senior), which has the same
     minimum.
     """
-    log_ratio = junior_logprobs - logprobs
-    return log_ratio.exp() - 1 - log_ratio
+    # Where the mask is 0, an overflow of the ratio would make 0 * inf, which is not a number.
+    log_ratio = (junior_logprobs - logprobs).masked_fill(mask == 0, 0.0)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def plain_loss(model, rollouts: Rollouts, weights: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -250,6 +250,11 @@ def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argpa
         run.rollouts_per_prompt = 8 if run.algorithm == "grpo" else 2
     if run.junior_weight is None:
         run.junior_weight = 0.0 if run.algorithm == "grpo" else 1.0
+    # A flag of the other algorithm has no effect.
+    if run.algorithm == "grpo":
+        run.wrong_weight = 0.0
+    else:
+        run.inner_steps, run.kl = 1, 0.0
     return run
 
 
@@ -314,7 +319,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
                     objective = clipped_objective(logprobs, old, part_weights, args.clip_ratio)
                 if args.kl:
                     junior_logprobs = frozen_logprobs(pair.junior, part.as_read_by_junior(), args.temperature)
-                    objective = objective - args.kl * part.senior_mask * kl_estimate(logprobs, junior_logprobs)
+                    objective = objective - args.kl * kl_estimate(logprobs, junior_logprobs, part.senior_mask)
                 part_loss = -objective.sum() / num_tokens
                 part_loss.backward()
                 loss += part_loss.item()

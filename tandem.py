@@ -287,11 +287,11 @@ def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 
     A line break always does.
     """
-    return state.sentence_over & _begins_after_blank(state, samples)
+    return state.sentence_over & state.has_written & _begins_after_blank(state, samples)
 
 
 def before_a_paragraph(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
-    return state.line_over & _begins_after_blank(state, samples)
+    return state.line_over & state.has_written & _begins_after_blank(state, samples)
 
 
 def after_a_space(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
@@ -349,6 +349,8 @@ class Handoff:
         self.after_space, self.after_blank = no, no
         # Whether a sentence or a line is over: nothing but white space has followed its mark or line break.
         self.sentence_over, self.line_over = no, no
+        # Whether more than white space has been written since the last toss. Without it, a turn could consist of a blank line.
+        self.has_written = no
 
     def choose(self, senior_ids: torch.Tensor, junior_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the next token of every row. Both models have sampled a candidate, (B,) each.
@@ -364,6 +366,7 @@ class Handoff:
         self.senior_active = torch.where(toss, coin, self.senior_active)
         self.num_tosses = self.num_tosses + toss
         self.since_toss = torch.where(toss, 0, self.since_toss)
+        self.has_written = self.has_written & ~toss
         # 3. The model that is active now writes its candidate; the other candidate is discarded.
         written = torch.where(self.senior_active, senior_ids, junior_ids)
         self._record(written)
@@ -384,6 +387,7 @@ class Handoff:
         is_blank = tables.is_blank[written]
         self.sentence_over = tables.ends_sentence[written] | (self.sentence_over & is_blank)
         self.line_over = tables.ends_line[written] | (self.line_over & is_blank)
+        self.has_written = self.has_written | ~is_blank
         self.since_toss = self.since_toss + 1
         self.at_start = torch.zeros_like(self.at_start)
 

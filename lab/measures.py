@@ -15,8 +15,10 @@ Every measure is a list with one number per held-out problem, so that intervals 
     drift_k3       its estimate from the written tokens alone, k3 of reinforce.py
     right_of_8     how many of 8 solutions of the senior are right, for pass@k; only before and after training
 
-Handoff robustness is the mean of `handoff`, and retention is that mean divided by the mean of `solo`. The last three but one
-are taken on the same solutions as `solo`, at temperature 1, senior and junior each under its own prompt.
+Handoff robustness is the mean of `handoff`, and retention is that mean divided by the mean of `solo`. legibility, drift and
+drift_k3 are taken on the same solutions as `solo`, senior and junior each under its own prompt: legibility at temperature 1,
+where a cross-entropy is defined, the other two at the temperature of sampling, because k3 is an estimate only for tokens
+that were drawn from the distribution in question.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def measure(solo: Rollouts, update: int, problems: list[tasks.Problem], args: ar
     row["word"] = right(write(problems, p=0.5, schedule="word").texts, problems)
     for percent in (25, 50, 75):
         row[f"continued_{percent}"] = right(continue_solutions(solo, percent / 100, args, pair), problems)
-    row |= compare(solo, pair)
+    row |= compare(solo, pair, args.temperature)
     if update in (0, args.updates):
         # Seeds of their own, so that the first solution is not that of `solo` again.
         again = generate(problems * SAMPLES, args=args, pair=pair, p=1.0, seed=15 * 10**8 + args.seed)
@@ -56,16 +58,18 @@ def right(texts: list[str], problems: list[tasks.Problem]) -> list[int]:
 
 
 @torch.no_grad()
-def compare(solo: Rollouts, pair: Pair) -> dict[str, list[float]]:
+def compare(solo: Rollouts, pair: Pair, temperature: float) -> dict[str, list[float]]:
     """legibility, drift and drift_k3 of every solution: both models read it, and their distributions are compared."""
     found: dict[str, list[float]] = {"legibility": [], "drift": [], "drift_k3": []}
     max_rows = max(1, LOGITS_AT_ONCE // (solo.completion_ids.shape[1] * len(pair.pieces)))
     for rows in torch.arange(len(solo), device=solo.prompt_ids.device).split(max_rows):
         part = select(solo, rows)
-        senior = full_logprobs(pair.senior, part, temperature=1.0)  # (b, C, V)
-        junior = full_logprobs(pair.junior, part.as_read_by_junior(), temperature=1.0)  # (b, C, V)
-        for name, values in distance_from_junior(senior, junior, part.completion_ids, part.completion_mask).items():
-            found[name] += [round(value, 5) for value in values.tolist()]
+        for names, at in ((("legibility",), 1.0), (("drift", "drift_k3"), temperature)):
+            senior = full_logprobs(pair.senior, part, at)  # (b, C, V)
+            junior = full_logprobs(pair.junior, part.as_read_by_junior(), at)  # (b, C, V)
+            distances = distance_from_junior(senior, junior, part.completion_ids, part.completion_mask)
+            for name in names:
+                found[name] += [round(value, 5) for value in distances[name].tolist()]
     return found
 
 
@@ -84,4 +88,6 @@ def continue_solutions(solo: Rollouts, share: float, args: argparse.Namespace, p
     # The junior has the tokens that the senior has left of the common budget.
     rest = torch.arange(written.completion_ids.shape[1], device=kept.device) < (args.max_new_tokens - kept)[:, None]
     ids = torch.cat([solo.completion_ids, written.completion_ids], 1)
-    return decode(ids, torch.cat([kept_mask, written.completion_mask * rest], 1), pair.pieces)
+    texts = decode(ids, torch.cat([kept_mask, written.completion_mask * rest], 1), pair.pieces)
+    # A question that the junior invents may begin at the seam.
+    return [text.split(tasks.STOP)[0] for text in texts]

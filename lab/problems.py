@@ -272,13 +272,15 @@ def demonstrations(n: int, language: str, annotated: bool) -> list[tuple[str, st
 def prompts_of_pair(problems: list[Problem], args: argparse.Namespace, junior_tokenizer) -> tuple[list[str], list[str]]:
     """What senior and junior are asked about each problem, in the languages of --senior-language and --junior-language.
 
-    A specialist was fine-tuned on the Question/Answer format. A junior with a chat template is asked as in a chat. The
-    solved examples (--shots) are given only where the two languages differ.
+    A specialist was fine-tuned on the Question/Answer format. A junior with a chat template is asked as in a chat, and so is
+    a senior that starts as the same model (Tandem RL): before training the two are then one policy. The solved examples
+    (--shots) are given only where the two languages differ.
     """
     shots = args.shots if args.senior_language != args.junior_language else 0
     # Open in paper: the demonstrations. These are ours: annotated for the senior, plain for the junior.
     senior_shots = demonstrations(shots, args.senior_language, annotated=True)
     junior_shots = demonstrations(shots, args.junior_language, annotated=False)
-    ask = partial(chat_prompt, junior_tokenizer) if junior_tokenizer.chat_template else prompt
-    for_senior = [prompt(problem.question, args.senior_language, senior_shots) for problem in problems]
-    return for_senior, [ask(problem.question, args.junior_language, junior_shots) for problem in problems]
+    ask_junior = partial(chat_prompt, junior_tokenizer) if junior_tokenizer.chat_template else prompt
+    ask_senior = ask_junior if args.specialist_steps == 0 and args.senior == args.junior else prompt
+    for_senior = [ask_senior(problem.question, args.senior_language, senior_shots) for problem in problems]
+    return for_senior, [ask_junior(problem.question, args.junior_language, junior_shots) for problem in problems]

@@ -110,8 +110,8 @@ def test_p_1_is_plain_reinforce(schedule, junior_weight):
     assert (exact - estimate).abs().max() < 1e-10
 
 
-def grpo_gradients(schedule: str, p: float, group_size: int = 2):
-    """(gradient of the group's expected sum of advantages by its definition, expectation of the GRPO estimate).
+def grpo_gradients(schedule: str, p: float):
+    """(a times the gradient of the expected reward, expectation of the GRPO estimate in groups of two).
 
     All groups of two paths would be 34 million, so the paths of a group are enumerated by what they share: given its own
     path, a rollout's expected advantage depends only on the probability q that another rollout of the group is right.
@@ -130,7 +130,7 @@ def grpo_gradients(schedule: str, p: float, group_size: int = 2):
 
     # Our functions on every kind of group: the advantage of the first rollout, with a partner that is right or wrong.
     with_right, with_wrong = (
-        group_advantages(torch.stack([rewards, torch.full_like(rewards, partner)], 1).flatten(), group_size)[::2] for partner in (1.0, 0.0)
+        group_advantages(torch.stack([rewards, torch.full_like(rewards, partner)], 1).flatten(), 2)[::2] for partner in (1.0, 0.0)
     )
     advantages = q * with_right + (1 - q) * with_wrong
     weights = token_weights(rollouts, advantages, junior_weight=0.0).double()

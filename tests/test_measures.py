@@ -1,7 +1,9 @@
 """The measures of Tandem RL, against slower ways to get the same numbers, and by hand."""
 
+import itertools
 import json
 import math
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 import torch
 
 import run_gsm8k
-from conftest import left_pad, make_pair
+from conftest import left_pad
 from lab import measures
 from lab.models import load_pair
 from metrics import bootstrap_interval, distance_from_junior, pass_at_k
-from rollout import random_numbers, rollout
+from rollout import Pair, random_numbers, rollout
+from tandem import build_tables
 
 
 @pytest.fixture
@@ -46,15 +49,29 @@ def test_each_model_reads_its_own_prompt(pair_and_solo, monkeypatch):
     """legibility of each solution beside the junior's plain forward pass over its own prompt and that solution, unpadded."""
     pair, solo = pair_and_solo
     monkeypatch.setattr(measures, "LOGITS_AT_ONCE", 2 * solo.completion_ids.shape[1] * len(pair.pieces))  # two solutions at a time
-    found = measures.compare(solo, pair)
+    found = measures.compare(solo, pair, temperature=1.0)
     for i in range(len(solo)):
         prompt = solo.junior_prompt_ids[i][solo.junior_prompt_mask[i].bool()]
         text = solo.completion_ids[i][solo.completion_mask[i].bool()]
         with pair.senior.disable_adapter(), torch.no_grad():
             logits = pair.senior(input_ids=torch.cat([prompt, text])[None]).logits[0, len(prompt) - 1 : -1]
+            prompt = solo.prompt_ids[i][solo.prompt_mask[i].bool()]
         expected = -logits.log_softmax(-1).gather(1, text[:, None]).mean().item()
         assert found["legibility"][i] == pytest.approx(expected, abs=1e-4)
-        assert found["drift"][i] > 0.001
+        # The divergence of the senior under its prompt from the junior under its own, over the whole vocabulary.
+        with torch.no_grad():
+            of_senior = pair.senior(input_ids=torch.cat([prompt, text])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        divergence = (of_senior.exp() * (of_senior - logits.log_softmax(-1))).sum(-1).mean().item()
+        assert divergence > 0.001
+        assert found["drift"][i] == pytest.approx(divergence, abs=1e-4)
+
+
+def test_only_the_divergence_depends_on_the_temperature_of_sampling(pair_and_solo):
+    """Legibility is a cross-entropy, at temperature 1; the divergence is that of the distributions that were sampled from."""
+    pair, solo = pair_and_solo
+    hot, cold = (measures.compare(solo, pair, temperature) for temperature in (1.0, 0.5))
+    assert hot["legibility"] == cold["legibility"]
+    assert all(one != other for one, other in zip(hot["drift"], cold["drift"]))
 
 
 def test_a_senior_that_is_its_junior_has_not_drifted(base_folder):
@@ -62,14 +79,23 @@ def test_a_senior_that_is_its_junior_has_not_drifted(base_folder):
     pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu")
     asked = left_pad([[5, 6, 7], [8]])
     solo = rollout(pair, asked, asked, *random_numbers(2, 8, seed=3), p=1.0, temperature=1.0)
-    found = measures.compare(solo, pair)
+    found = measures.compare(solo, pair, temperature=0.7)
     assert max(map(abs, found["drift"] + found["drift_k3"])) < 1e-4
 
 
 def test_the_junior_continues_the_senior(pair_and_solo, tokenizer):
-    """At 50 %, each solution begins with the first half of the senior's tokens. A share of 1 leaves the solution as it is
-    (but for what the junior adds), and no solution is longer than the common budget."""
+    """At 50 %, each solution begins with the first half of the senior's tokens and goes on with what the junior, under its own
+    prompt, finds likeliest (near temperature 0). At a share of 1, nothing is left of the common budget of an unfinished one."""
     pair, solo = pair_and_solo
+    greedy = Namespace(device="cpu", max_new_tokens=12, seed=0, rollout_batch=2, handoff="word", temperature=1e-4)
+    for i, text in enumerate(measures.continue_solutions(solo, 0.5, greedy, pair)):
+        tokens = solo.completion_ids[i][solo.completion_mask[i].bool()].tolist()
+        ids = solo.junior_prompt_ids[i][solo.junior_prompt_mask[i].bool()].tolist() + tokens[: len(tokens) // 2]
+        start = len(ids) - len(tokens) // 2
+        while len(ids) - start < 12 and ids[-1] not in pair.end_ids:
+            with pair.senior.disable_adapter(), torch.no_grad():
+                ids.append(pair.senior(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert text == b"".join(pair.pieces[token] for token in ids[start:]).decode(errors="replace")
     args = Namespace(device="cpu", max_new_tokens=12, seed=0, rollout_batch=2, handoff="word", temperature=1.0)
     for i, text in enumerate(measures.continue_solutions(solo, 0.5, args, pair)):
         tokens = solo.completion_ids[i][solo.completion_mask[i].bool()].tolist()
@@ -83,24 +109,35 @@ def test_the_junior_continues_the_senior(pair_and_solo, tokenizer):
     assert [whole[i] for i in unfinished] == [solo.texts[i] for i in unfinished]
 
 
-def test_alternating_turns(tokenizer):
-    """The senior writes only "a", the junior only "b": under `token` the text is "abab...", with whatever seed."""
+class Loop:
+    """A model that writes the given tokens over and over, each after the one before it, whoever wrote that one."""
 
-    class Constant:
-        def __init__(self, token):
-            self.token, self.config = token, None
+    def __init__(self, tokens, vocab_size):
+        self.tokens, self.vocab_size = tokens, vocab_size
 
-        def __call__(self, input_ids, **_):
-            logits = torch.zeros(*input_ids.shape, len(tokenizer))
-            logits[..., self.token] = 100.0
-            return Namespace(logits=logits, past_key_values=None)
+    def __call__(self, input_ids, **_):
+        following = {token: self.tokens[(i + 1) % len(self.tokens)] for i, token in enumerate(self.tokens)}
+        logits = torch.zeros(*input_ids.shape, self.vocab_size)
+        for place in itertools.product(*map(range, input_ids.shape)):
+            logits[(*place, following.get(input_ids[place].item(), self.tokens[0]))] = 1e4
+        return Namespace(logits=logits, past_key_values=None)
 
-    senior, junior = (Constant(tokenizer.encode(letter)[0]) for letter in "ab")
-    pair = make_pair(senior, junior, tokenizer)
-    coins = (torch.arange(6) % 2).float()[:, None].expand(-1, 2)
-    asked = left_pad([[5], [6, 7]])
-    written = rollout(pair, asked, asked, random_numbers(2, 6, 0)[0], coins, schedule="token", p=0.5, temperature=1.0)
-    assert written.texts == ["ababab", "ababab"]
+
+@pytest.mark.parametrize("breaks", [("\n", "\n"), ("\n", "\n\n"), ("\n\n", "\n"), (" ", "\n")])
+def test_senior_and_junior_take_turns_line_by_line(breaks, monkeypatch):
+    """The runner's alternation: the senior writes "A." and the junior "B." by turns, however each of them separates its sentences.
+    No turn is spent on white space alone."""
+    pieces = [b"", b"A", b"B", b".", b"\n", b"\n\n", b" "]
+    senior, junior = (Loop([letter, 3, pieces.index(text.encode())], 7) for letter, text in zip((1, 2), breaks))
+    pair = Pair(senior, junior, None, None, [0], pieces, build_tables(pieces))
+    monkeypatch.setattr(run_gsm8k.tasks, "prompts_of_pair", lambda problems, *_: (problems, problems))
+    monkeypatch.setattr(run_gsm8k.models, "encode_prompts", lambda *_: (torch.tensor([[6]]), torch.ones(1, 1, dtype=torch.long)))
+    args = Namespace(max_new_tokens=18, device="cpu", rollout_batch=1, handoff="word", temperature=1.0)
+    written = run_gsm8k.generate(["?"], args, pair, p=0.5, seed=0, schedule="sentence", alternate=True)
+    authors = [author for author, text in written.author_spans(pieces)[0] if text.strip()]
+    assert authors == (["senior", "junior"] * 9)[: len(authors)]
+    assert len(authors) >= 4
+    assert re.fullmatch(r"A\.(\s+B\.\s+A\.)*(\s+B?\.?)?\s*", written.texts[0])
 
 
 def test_pass_at_k_beside_counting():

@@ -222,6 +222,8 @@ def test_group_advantages_by_hand():
     assert advantages[0].item() == pytest.approx(-0.3536, abs=1e-4)
     assert advantages[:8].sum().item() == pytest.approx(0, abs=1e-5)
     assert advantages[8:].tolist() == [0] * 16  # nothing to prefer, and no 0 / 0
+    # A partial credit of 0.3 is not its own mean in float32; divided by 1e-6 the difference would count.
+    assert group_advantages(torch.full((8,), 0.3), 8).tolist() == [0] * 8
     with pytest.raises(ValueError, match="8 rewards in groups of 1: a group is two or more"):
         group_advantages(one_of_8, 1)
     with pytest.raises(ValueError, match="8 rewards in groups of 3"):
@@ -280,10 +282,16 @@ def test_the_juniors_tokens_do_not_matter_to_grpo(tokenizer):
 def test_k3_is_never_negative_and_on_average_the_divergence():
     """Two distributions over 3 tokens: the expectation of k3 under the first is the sum of p * log(p / q)."""
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
-    estimate = kl_estimate(p.log(), q.log())
+    estimate = kl_estimate(p.log(), q.log(), torch.ones(3))
     assert (estimate >= 0).all()
     assert (p * estimate).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
-    assert kl_estimate(p.log(), p.log()).abs().max() == 0
+    assert kl_estimate(p.log(), p.log(), torch.ones(3)).abs().max() == 0
+    # A token of the junior's that the senior finds impossible: exp(1000) would be infinite, and 0 * inf no number.
+    logprobs = torch.tensor([-1000.0, -1.0], requires_grad=True)
+    masked = kl_estimate(logprobs, torch.zeros(2), torch.tensor([0, 1]))
+    (gradient,) = torch.autograd.grad(masked.sum(), logprobs)
+    assert masked[0] == 0 == gradient[0]
+    assert gradient.isfinite().all()
 
 
 def test_as_a_loss_k3_has_the_gradient_of_the_divergence_from_the_junior():
@@ -292,7 +300,7 @@ def test_as_a_loss_k3_has_the_gradient_of_the_divergence_from_the_junior():
     theta = torch.tensor([0.9, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
     junior = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
     senior = theta.log_softmax(-1)
-    (ours,) = torch.autograd.grad((senior.exp().detach() * kl_estimate(senior, junior.log())).sum(), theta)
+    (ours,) = torch.autograd.grad((senior.exp().detach() * kl_estimate(senior, junior.log(), torch.ones(3))).sum(), theta)
     (other,) = torch.autograd.grad((junior * (junior.log() - theta.log_softmax(-1))).sum(), theta)
     assert ours.norm() > 0.01
     assert (ours - other).abs().max() < 1e-12
