@@ -186,7 +186,9 @@ def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], flo
     The measures of a problem are drawn together. With two arms as two measures, and the difference of their means as
     `statistic`, the arms are compared problem by problem.
 
-    Deterministic. With few seeds the interval is somewhat too narrow. Raises ValueError without seeds, problems or measures.
+    Deterministic. With few seeds its coverage is not exactly 95 %: where seeds differ much it is too narrow, and where they
+    hardly differ too wide, because the sampling of problems enters twice (with three seeds by a factor of up to 0.8 and 1.3).
+    seed_interval does not have this fault. Raises ValueError without seeds, problems or measures.
 
     >>> bootstrap_interval(np.ones((3, 4, 1)))
     (1.0, 1.0)
@@ -200,6 +202,28 @@ def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], flo
         drawn.append(statistic(values[rows, columns].mean((0, 1))))
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)
+
+
+# The 97.5 % quantiles of Student's t distribution with 1 to 9 degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def seed_interval(by_seed: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval for the mean of a number that was measured once per seed, such as the difference of two arms.
+
+    The differences between seeds contain the sampling of problems too, so both are in the interval. Raises ValueError for
+    fewer than 2 or more than 10 seeds.
+
+    >>> [round(bound, 2) for bound in seed_interval([1.0, 2.0, 3.0])]
+    [-0.48, 4.48]
+    """
+    n = len(by_seed)
+    if not 2 <= n <= len(T_QUANTILES) + 1:
+        raise ValueError(f"an interval over seeds needs 2 to {len(T_QUANTILES) + 1} of them, got {n}")
+    mean = sum(by_seed) / n
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in by_seed) / (n - 1))
+    half_width = T_QUANTILES[n - 2] * deviation / math.sqrt(n)
+    return mean - half_width, mean + half_width
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

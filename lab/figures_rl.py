@@ -13,8 +13,8 @@ one number per problem. A measure is the mean over seeds and problems, or, for r
 interval is the bootstrap over seeds and problems (metrics.bootstrap_interval). Two arms are compared on the same seeds, problem by
 problem. If handoff is 1, 0 on the two problems of the only seed of one arm, and 0, 0 in the other, the difference is +50 points.
 
-A seed counts at the end only if it has reached the last update; the others are named. Of some thirty comparisons, one or two have an
-interval without 0 by chance alone.
+A seed counts at the end only if it has reached the last update; the others are named. Differences also have Student's interval over
+the seeds (metrics.seed_interval). Of some thirty comparisons, one or two have an interval without 0 by chance alone.
 """
 
 import re
@@ -53,7 +53,7 @@ from lab.curves import (
 from lab.measures import SAMPLES
 from lab.runs import Refused, read_back, unusable
 from lab.tiny import ANNOTATED
-from metrics import bootstrap_interval, pass_at_k
+from metrics import T_QUANTILES, bootstrap_interval, pass_at_k, seed_interval
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pressure
@@ -200,6 +200,7 @@ PANELS = {
     "drift": "drift from the junior\n(nats per token)",
     "legibility": "legibility: cross-entropy\n(nats per token)",
 }
+MOST_SEEDS = len(T_QUANTILES) + 1  # of seed_interval
 PASS_K, RIGHT = 4, f"right_of_{SAMPLES}"
 CONTINUED = [f"continued_{percent}" for percent in (25, 50, 75)]
 IN_NATS = ("legibility", "drift", "drift_k3")  # per token; every other measure is a share
@@ -369,9 +370,9 @@ def measure_cell(rows: list[dict], name: str) -> str:
 
 
 def table_of_differences(folder: Path, runs: Runs) -> str | None:
-    """A row per comparison with tandem GRPO, over the seeds that both arms have finished. Bold: the interval is without 0.
+    """A row per comparison with tandem GRPO, over the seeds that both arms have finished: difference [bootstrap] [Student's t].
 
-    None if there is nothing to compare.
+    Bold: both intervals are without 0. None if there is nothing to compare.
     """
     ends = ends_of(folder, read_measures(folder, runs))
     others = [arm for arm in ends if arm != COMPARED]
@@ -388,5 +389,8 @@ def table_of_differences(folder: Path, runs: Runs) -> str | None:
 
 def difference_cell(rows: list[dict], others: list[dict], name: str) -> str:
     found, form = estimate(rows, name, minus=others), "+" + form_of(name)
-    cell = f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
-    return f"**{cell}**" if found.low > 0 or found.high < 0 else cell
+    intervals = [(found.low, found.high)]
+    if 2 <= len(rows) <= MOST_SEEDS:
+        intervals.append(seed_interval(found.by_seed))
+    cell = f"{found.value:{form}} " + " ".join(f"[{low:{form}}, {high:{form}}]" for low, high in intervals)
+    return f"**{cell}**" if all(low > 0 or high < 0 for low, high in intervals) else cell

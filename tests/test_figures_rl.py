@@ -153,6 +153,9 @@ def test_differences_by_hand(tmp_path):
     assert figures_rl.difference_cell(solo, tandem, "handoff") == "**-100.0 [-100.0, -100.0]**"
     assert figures_rl.difference_cell(tandem, solo, "drift") == "**-0.2000 [-0.2000, -0.2000]**"
     assert figures_rl.difference_cell(tandem, solo, "solo") == "+50.0 [+0.0, +100.0]"
+    # Two seeds, +50 and 0: mean 25, and Student's interval 25 -+ 12.706 * 35.36 / sqrt(2) = 25 -+ 317.7 keeps it from being bold.
+    two = [*tandem, *solo], [*solo, *solo]
+    assert figures_rl.difference_cell(*two, "solo").endswith("[-292.6, +342.6]")
     # An arm without a seed in common cannot be compared.
     rows = figures_rl.table_of_differences(tmp_path, ["rlvr-tandem", "rlvr-solo-kl"]).splitlines()[2:]
     assert rows == ["| rlvr-tandem − rlvr-solo-kl | 0 |" + " – |" * 11]

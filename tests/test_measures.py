@@ -14,7 +14,7 @@ import run_gsm8k
 from conftest import left_pad
 from lab import measures
 from lab.models import load_pair
-from metrics import bootstrap_interval, distance_from_junior, pass_at_k
+from metrics import bootstrap_interval, distance_from_junior, pass_at_k, seed_interval
 from rollout import Pair, random_numbers, rollout
 from tandem import build_tables
 
@@ -164,6 +164,16 @@ def test_the_bootstrap_sees_seeds_and_problems():
     assert bootstrap_interval(same, lambda means: means[0] - means[1]) == (0.0, 0.0)
     with pytest.raises(ValueError, match="all of them at least 1"):
         bootstrap_interval(np.ones((0, 4, 1)))
+
+
+def test_the_interval_over_seeds_covers_what_it_says():
+    """Five seeds whose means scatter around 0: of 400 such experiments, about 95 % of the intervals contain 0."""
+    rng = np.random.default_rng(2)
+    covered = [low <= 0 <= high for low, high in (seed_interval(rng.normal(size=5).tolist()) for _ in range(400))]
+    assert 0.92 < np.mean(covered) < 0.98
+    for seeds in (1, 11):
+        with pytest.raises(ValueError, match=f"needs 2 to 10 of them, got {seeds}"):
+            seed_interval([0.0] * seeds)
 
 
 def test_a_row_has_every_measure_of_every_problem(base_folder, tmp_path):
