@@ -262,6 +262,7 @@ def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argpa
 # Training
 
 
+@runs.ends_if_it_diverges
 def train(args: argparse.Namespace, pair: Pair) -> None:
     """One run of one arm and seed. Leaves the files that lab/runs.py describes, and continues them with --resume."""
     problems, held_out = tasks.load_problems(args)

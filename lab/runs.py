@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
@@ -344,7 +344,7 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
     """Train every run that is not finished, `jobs` at a time. Returns the messages of all diverged runs."""
     todo, started = [args for args in runs if not is_finished(args)], time.time()
     try:
-        for done, _ in enumerate(parallel.for_each(partial(run_to_end, train), todo, max(1, min(jobs, len(todo)))), 1):
+        for done, _ in enumerate(parallel.for_each(train, todo, max(1, min(jobs, len(todo)))), 1):
             minutes = (time.time() - started) / done * (len(todo) - done) / 60
             print(f"{done} of {len(todo)} runs finished, about {minutes:.0f} minutes left\n")
     except BrokenProcessPool as error:
@@ -353,17 +353,22 @@ def run_all(runs: list[argparse.Namespace], train: Callable[[argparse.Namespace]
     return [path.read_text(encoding="utf-8", errors="replace").strip() for path in reasons if path.is_file()]
 
 
-def run_to_end(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """One run. If its training diverges, stopped.txt says why, and the other runs go on."""
-    try:
-        train(args)
-    except (Diverged, FloatingPointError) as error:
-        rows = read_rows(run_folder(args) / "metrics.jsonl")
-        when = f"after update {rows[-1]['update']}" if rows else "before the first evaluation"
-        reason = f"{run_folder(args)}, {when}: {error}"
-        print(reason)
-        if parallel.is_main():
-            replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
+def ends_if_it_diverges(train: Callable) -> Callable:
+    """Decorate the training of a run: if it diverges, stopped.txt says why, and the other runs go on."""
+
+    @wraps(train)
+    def to_its_end(args: argparse.Namespace, *rest, **options) -> None:
+        try:
+            train(args, *rest, **options)
+        except (Diverged, FloatingPointError) as error:
+            rows = read_rows(run_folder(args) / "metrics.jsonl")
+            when = f"after update {rows[-1]['update']}" if rows else "before the first evaluation"
+            reason = f"{run_folder(args)}, {when}: {error}"
+            print(reason)
+            if parallel.is_main():
+                replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
+
+    return to_its_end
 
 
 # ----------------------------------------------------------------------------------------------------------------------
