@@ -261,3 +261,12 @@ def test_logits_that_are_not_finite_stop_the_rollout(tokenizer, prompts, broken,
 def test_different_numbers_of_prompts_are_refused(tokenizer, prompts):
     with pytest.raises(ValueError, match="6 prompts for the senior, 2 for the junior"):
         write(llama(len(tokenizer), 0), None, (prompts[0], prompts[1][:2]), tokenizer)
+
+
+def test_greedy_decoding():
+    """Temperature 0: the likeliest token, whatever the random number is, and log-probabilities of each row at temperature 1."""
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    ids, logprobs = sample(logits, torch.tensor([0.999, 0.999]), 0)
+    assert ids.tolist() == [1, 0]
+    assert torch.allclose(logprobs.exp().sum(1), torch.ones(2))
+    assert torch.allclose(logprobs, logits.log_softmax(1))
