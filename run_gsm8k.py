@@ -112,7 +112,7 @@ ARMS: dict[str, dict] = {
     # two models sample every token of a tandem rollout.
     # The coefficient is far above that of Jiao et al., 0.001, which would hardly be felt in 60 updates.
     "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.5},
-    "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch": 304},
+    "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch_factor": 2},
 }
 SETTINGS: dict[str, list[str]] = {
     "skill": ["tandem", "solo"],
@@ -168,8 +168,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--specialist-lr", type=rate, default=4e-3, help="learning rate of fine-tuning")
     group = parser.add_argument_group("problems")
     group.add_argument("--problems", type=name, default="generated", help="generated, folder with train.jsonl and test.jsonl, or hub id")
-    group.add_argument("--eval-problems", type=count, default=200, help="held-out problems per evaluation")
-    group.add_argument("--eval-every", type=count, default=4, help="updates between evaluations")
+    group.add_argument("--eval-problems", type=count, help="held-out problems per evaluation (default by arm: 200 or 400)")
+    group.add_argument("--eval-every", type=count, help="updates between evaluations (default by arm: 4, 8 or 20)")
     group.add_argument("--evaluate", nargs="+", choices=WRITERS, default=list(WRITERS), help="whom to evaluate (the junior once)")
     group.add_argument("--measures", action=switch, default=False, help="also evaluate robustness, legibility and drift (lab/measures.py)")
     group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
@@ -188,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--algorithm", choices=("reinforce", "grpo"), default="reinforce", help="weights of rollouts and loss, see reinforce.py"
     )
-    group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only; default by arm: 28, 40, 60 or 80")
+    group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only (default by arm: 28, 40, 60 or 80)")
     group.add_argument("--lr", type=rate, default=1e-3, help="learning rate of AdamW")
     group.add_argument("--wrong-weight", type=number(float, -1, 0), default=0.0, help="c, the weight of wrong rollouts (REINFORCE)")
     group.add_argument(
@@ -240,12 +240,13 @@ def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
 def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argparse.Namespace:
     """The flags of one run: the command line, overridden by those of its arm."""
     run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | more | {"arm": arm, "seed": seed})
-    # The length of a run is a default of its arm: --updates, or a preset, replaces it.
-    if args.updates is not None:
-        run.updates = args.updates
-    elif run.updates is None:
-        # Changing the language takes longer than dropping the jargon.
-        run.updates = 28 if run.senior_language == run.junior_language else 40
+    # Changing the language takes longer than dropping the jargon.
+    updates = 28 if run.senior_language == run.junior_language else 40
+    for flag, default in {"updates": updates, "eval_every": 4, "eval_problems": 200}.items():
+        # Of these, an arm only has defaults of its own, which the command line or a preset replaces.
+        given = getattr(args, flag)
+        setattr(run, flag, ARMS.get(arm, {}).get(flag, default) if given is None else given)
+    run.batch *= ARMS.get(arm, {}).get("batch_factor", 1)
     if run.rollouts_per_prompt is None:
         run.rollouts_per_prompt = 8 if run.algorithm == "grpo" else 2
     if run.junior_weight is None:

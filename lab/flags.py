@@ -96,8 +96,9 @@ def check_together(
             parser.error(f"{most} problems per run are too many: lower --updates, --batch, --eval-problems or --specialist-steps")
 
     given = given_flags(parser, argv, args)
-    # The length of a run is a default of its arm, which --updates replaces. Any other flag of an arm goes over the command line.
-    useless = [flag for flag in given if flag != "updates" and all(flag in arms[run.arm] for run in runs)]
+    # Of three flags an arm only has a default. Any other flag of an arm goes over the command line.
+    defaults = ("updates", "eval_every", "eval_problems")
+    useless = [flag for flag in given if flag not in defaults and all(flag in arms[run.arm] for run in runs)]
     useless += [flag for flag in given if flag in ALGORITHM_OF and all(run.algorithm != ALGORITHM_OF[flag] for run in runs)]
     if "shots" in given and all(run.senior_language == run.junior_language for run in runs):
         useless.append("shots")

@@ -52,7 +52,7 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
     Raises ValueError if nothing fits or if there are more processes than rollouts, and what load_problems raises.
     """
     on_gpu, processes = args.device.startswith("cuda"), parallel.world_size()
-    batches, evaluations = {run.batch for run in [args, *runs]}, {run.eval_problems for run in [args, *runs]}
+    batches, evaluations = {run.batch for run in runs or [args]}, {run.eval_problems for run in runs or [args]}
     if min(batches | evaluations) < processes:
         few = f"--batch {min(batches)} and --eval-problems {min(evaluations)} do not give each of the {processes} processes a rollout"
         raise ValueError(f"{few}: raise them, or start fewer processes with --nproc-per-node")

@@ -179,10 +179,8 @@ def test_the_interval_over_seeds_covers_what_it_says():
 def test_a_row_has_every_measure_of_every_problem(base_folder, tmp_path):
     """The runner with --measures: measures.jsonl, with the share of right solutions that metrics.jsonl states."""
     flags = f"--setting rlvr --arms rlvr-tandem --preset tiny --senior {base_folder} --junior {base_folder} --out {tmp_path} --device cpu "
-    flags += "--updates 1 --batch 8 --max-new-tokens 12 --rank 4"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run_gsm8k.ARMS, "rlvr-tandem", run_gsm8k.RLVR | {"eval_problems": 5, "eval_every": 1})
-        run_gsm8k.main(flags.split())
+    flags += "--updates 1 --batch 8 --eval-problems 5 --eval-every 1 --max-new-tokens 12 --rank 4"
+    run_gsm8k.main(flags.split())
     folder = tmp_path / "rlvr-tandem" / "seed-0"
     found = [json.loads(line) for line in (folder / "measures.jsonl").read_text().splitlines()]
     assert [row["update"] for row in found] == [0, 1]

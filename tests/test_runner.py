@@ -531,13 +531,22 @@ def test_flags_of_the_other_algorithm_are_refused(flags, message, capsys):
 
 
 def test_defaults_follow_the_algorithm():
-    """Groups of 8 without the junior's tokens for GRPO, pairs with them for REINFORCE; --updates goes over those of an arm."""
+    """Groups of 8 without the junior's tokens for GRPO, pairs with them for REINFORCE. Lengths on the command line go over those of
+    an arm, and twice the group means twice the batch."""
     args = parse_args(["--setting", "pressure"])
     seen = {run.arm: (run.rollouts_per_prompt, run.junior_weight, run.updates) for run in run_gsm8k.runs_of(args)}
     assert seen["grpo-tandem"] == (8, 0.0, 80)
     assert seen["reinforce-j1"] == (2, 1.0, 80)
     assert seen["reinforce-j0"] == (2, 0.0, 80)
     assert flags_of_run(parse_args(["--setting", "pressure", "--updates", "3"]), "grpo-tandem", 0).updates == 3
+    rlvr = {run.arm: run for run in run_gsm8k.runs_of(parse_args(["--setting", "rlvr", "--batch", "16", "--eval-problems", "9"]))}
+    assert [(run.batch, run.rollouts_per_prompt) for run in rlvr.values()] == [(16, 8), (16, 8), (16, 8), (32, 16)]
+    assert (rlvr["rlvr-solo"].eval_problems, rlvr["rlvr-solo"].eval_every) == (9, 20)
+    # A flag of the other algorithm does not reach an arm.
+    both = run_gsm8k.runs_of(parse_args("--setting pressure --kl 0.1 --inner-steps 2 --wrong-weight -0.3".split()))
+    by_arm = {run.arm: (run.kl, run.inner_steps, run.wrong_weight) for run in both}
+    assert by_arm["grpo-tandem"] == (0.1, 2, 0.0)
+    assert by_arm["reinforce-j1"] == (0.0, 1, -0.3)
     assert flags_of_run(parse_args(["--setting", "pressure", "--junior-weight", "0.5"]), "grpo-tandem", 0).junior_weight == 0.5
 
 
