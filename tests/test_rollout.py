@@ -270,3 +270,12 @@ def test_greedy_decoding():
     assert ids.tolist() == [1, 0]
     assert torch.allclose(logprobs.exp().sum(1), torch.ones(2))
     assert torch.allclose(logprobs, logits.log_softmax(1))
+
+
+def test_the_largest_random_number_gives_a_token_that_is_possible():
+    """The probabilities add up to 1 only up to rounding. The last token is impossible, and the number is the largest below 1."""
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] = -torch.inf
+    ids, logprobs = sample(logits, torch.full((2000,), 1 - 2.0**-24), 1.0)
+    assert (logprobs.exp().cumsum(1)[:, -1] < 1).any()
+    assert (ids < 49).all()
