@@ -104,4 +104,4 @@ def check_together(
         useless.append("shots")
     if useless:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in useless)
-        parser.error(f"{flags}: no effect on {', '.join(dict.fromkeys(run.arm for run in runs))}. Leave it out, or choose others")
+        parser.error(f"{flags}: no effect on {', '.join(dict.fromkeys(run.arm for run in runs))}. Leave it out, or choose other --arms")

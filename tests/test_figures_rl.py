@@ -140,7 +140,7 @@ def test_arms_are_compared_on_the_same_seeds_and_problems(tmp_path):
     cells = dict(zip(head.split(" | "), row.split(" | ")))
     assert cells["| difference"] == "| rlvr-tandem − rlvr-solo"
     assert cells["seeds"] == "2"
-    assert cells["solo"] == "+0.0 [+0.0, +0.0]"
+    assert cells["solo"] == "+0.0 [+0.0, +0.0] [+0.0, +0.0]"
 
 
 def test_differences_by_hand(tmp_path):

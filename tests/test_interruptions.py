@@ -314,7 +314,7 @@ def test_a_specialist_that_is_not_finite_is_not_saved(finished, tmp_path, monkey
         ("--senior=", "--senior: '': give"),
         ("--junior=\udcff", "--junior: '.udcff': give"),
         ("--updates 10000000", "--updates: 10000000: must be a finite number of at least 0 and at most 1e.06"),
-        ("--batch 1000000", "40000000 problems per run are too many: lower --updates, --batch"),
+        ("--batch 1000000", "28000000 problems per run are too many: lower --updates, --batch"),
         ("--specialist-steps 1000000", "32000000 problems per run are too many"),
         ("--eval-problems 1000000", "1000000 problems per run are too many"),
         ("--seeds 501", "--seeds: 501: must"),
