@@ -10,6 +10,7 @@ to RUNS/figures/, each as PNG and as PDF:
     control       control: is it the reward that changes the senior, or imitation?
     sweep         sweep: the weights c (of wrong rollouts) and j (of the junior's tokens)
     pressure, pressure-language, rlvr      see lab/figures_rl.py
+    all of them   rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
 How seeds are pooled, and what the intervals and the thin lines are, stands at the top of lab/curves.py.
 This file neither loads a model nor computes a metric.
@@ -28,6 +29,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from lab import viewer
 from lab.curves import (
     BLUE,
     RED,
@@ -603,7 +605,7 @@ TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
 
 
 def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its tables.
+    """Draw the figures of one setting into folder/figures/, print its tables, and renew the page of all rollouts in the folder.
 
     Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
     """
@@ -624,6 +626,7 @@ def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
         path = draw_figure(folder, runs)
         if path:
             print(path)
+    viewer.draw_page(folder)
 
 
 def complete_setting(folder: Path, setting: str, arms: Iterable[str]) -> list[str]:
