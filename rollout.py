@@ -10,6 +10,7 @@ same text y_<t. The handoff (tandem.py) decides who is active, and keeps that mo
     x_senior, x_junior      senior_prompts, junior_prompts: left-padded (ids, mask), (B, P) each, with different P
     y                       completion_ids (B, C); the end token belongs to the completion, padding follows it
     who wrote y_t           senior_mask (B, C), recorded at the moment of sampling and never inferred afterwards
+    the other candidate     discarded_ids (B, C); toss_mask (B, C) says whether a coin was tossed before y_t
     T                       temperature
 
 The file begins with the algorithm for a single rollout, without a cache and without a batch. After it comes the same for a

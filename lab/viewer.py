@@ -17,20 +17,17 @@ To stay within MAX_BYTES the page leaves out runs, of later seeds first, and say
 """
 
 import json
-import re
 import sys
 from itertools import accumulate
 from pathlib import Path
 
 from lab.runs import read_back, read_rows, seed_folders
-from metrics import EXPRESSION, count_handoffs, has_jargon
+from metrics import EXPRESSION, JARGON, count_handoffs, has_jargon
 from reward import final_number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NO_RUNS = '{"runs": [], "missing": 0}'
 MAX_BYTES = 1_400_000
-# Where has_jargon of metrics.py sees jargon: annotations, and what a handoff has left of one.
-JARGON = re.compile(r"<<[^\n]*?>>|<<|>>")
 
 
 def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import pytest
 
 from lab import viewer
-from metrics import has_jargon
 
 HOSTILE = [
     "</script><script>document.title = 'owned'</script>",
@@ -115,11 +114,6 @@ def test_what_the_page_says_of_a_rollout(tmp_path):
     assert (first["right"], first["answer"], first["jargon"]) == (False, "8", True)
     assert (first["handoffs"], first["handoffs_inside"]) == (2, 1)
     assert first["underlined"] == [[10, 24, "expression"], [14, 23, "jargon"]]
-
-
-@pytest.mark.parametrize("text", ["48/2=<<48/2=24>>24", "<<48/", "2=24>>", "4 > 2 < 3", "", "<<a\n>>"])
-def test_jargon_is_that_of_the_metrics(text):
-    assert bool(viewer.JARGON.search(text)) == has_jargon(text)
 
 
 def test_a_control_is_called_one():
