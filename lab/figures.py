@@ -23,7 +23,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, groupby
-from math import isfinite, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,6 +45,7 @@ from lab.curves import (
     draw_arms,
     draw_curve,
     draw_junior,
+    is_sample,
     labels_and_styles,
     markdown_table,
     pooled,
@@ -146,16 +147,6 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
         if samples:
             return samples[0], reason
     return None
-
-
-def is_sample(row: dict) -> bool:
-    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
-    try:
-        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
-        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
 
 
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:

@@ -21,7 +21,8 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
-from lab.runs import read_back, read_rows, seed_folders
+from lab.curves import is_row, is_sample, read_checked, read_flags
+from lab.runs import errors_in_one_line, seed_folders, writing
 from metrics import EXPRESSION, JARGON, count_handoffs, has_jargon
 from reward import final_number
 
@@ -46,8 +47,9 @@ def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
     missing = len(runs) - len(shown)
     data = {"runs": sorted(shown, key=lambda run: arms.index(run["arm"])), "missing": missing}
     path = folder / "figures" / "rollouts.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(TEMPLATE.read_text(encoding="utf-8").replace(NO_RUNS, as_json(data)), encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(TEMPLATE.read_text(encoding="utf-8").replace(NO_RUNS, as_json(data)), encoding="utf-8")
     print(path, f"(without {missing} of {len(runs)} runs, to stay small; name arms to choose)" if missing else "")
     return path
 
@@ -64,8 +66,9 @@ def as_json(content) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """What the page says of one run folder. Files that are not there leave their part empty."""
-    samples, rows = (read_rows(path) if path.is_file() else [] for path in (folder / "samples.jsonl", folder / "metrics.jsonl"))
+    """What the page says of one run folder. Files that are not there leave their part empty; Refused if one cannot be used."""
+    checks = {"samples.jsonl": is_sample, "metrics.jsonl": is_row}
+    samples, rows = (read_checked(folder / file, checks[file]) if (folder / file).is_file() else [] for file in checks)
     problems: dict[str, dict] = {}
     for sample in samples:
         problem = problems.setdefault(sample["question"], {"question": sample["question"], "gold": sample["gold"], "rollouts": []})
@@ -74,7 +77,7 @@ def read_run(folder: Path) -> dict:
     for row in rows:
         if "eval" in row:
             evaluations[row["update"]] = {who: [cell["n"], cell["accuracy"], cell["jargon"]] for who, cell in row["eval"].items()}
-    flags = read_back(folder / "config.json", flags=dict)["flags"] if (folder / "config.json").is_file() else {}
+    flags = read_flags(folder.parents[1], folder.parent.name) if (folder / "config.json").is_file() else {}
     run = {"arm": folder.parent.name, "seed": int(folder.name.removeprefix("seed-")), "about": describe_training(flags)}
     return run | {"evaluations": evaluations, "problems": sorted(problems.values(), key=how_plain)}
 
@@ -121,5 +124,5 @@ def describe_training(flags: dict) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    if draw_page(sys.argv[1], sys.argv[2:]) is None:
-        sys.exit(1)
+    with errors_in_one_line():
+        sys.exit(0 if draw_page(sys.argv[1], sys.argv[2:]) else 1)

@@ -384,6 +384,10 @@ def test_the_caption_counts_the_seeds(tmp_path, drawn):
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": [["nobody", "7"]]}'),
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": "1", "spans": [["senior", "7"]]}'),
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": 5, "gold": "7", "reward": 1, "spans": [["senior", "7"]]}'),
+        (
+            "samples.jsonl",
+            '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": [], "steps": [["senior", "7"]]}',
+        ),
         ("config.json", "[1]"),
         ("config.json", '{"flags": {}}'),
     ],

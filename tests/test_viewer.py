@@ -44,7 +44,7 @@ def write_run(folder, steps=STEPS, question="How many clips?", gold="8", updates
     samples = [sample | joint | {"update": update, "reward": float(update > 0)} for update in updates]
     samples += [sample | {"update": update, "who": "senior", "reward": 1.0, "spans": alone} for update in updates]
     samples += [sample | {"update": 0, "who": "junior", "reward": 0.0, "spans": [["junior", "none"]]}]
-    cell = {"n": 4, "accuracy": 0.25, "jargon": 1.0}
+    cell = {"n": 4, "accuracy": 0.25, "jargon": 1.0, "languages": {"en": 1.0}, "tokens": 6.0}
     rows = [{"update": update, "eval": {"senior": cell, "tandem": cell}} for update in updates]
     rows[0]["eval"]["junior"] = cell
     for name, lines in (("samples", samples), ("metrics", rows)):
