@@ -35,14 +35,18 @@ if TYPE_CHECKING:
 # Metrics of a single solution
 
 
+# An annotation, or the half of one that a handoff has left. For another kind of jargon, change this, and `annotated_solutions`
+# in lab/specialist.py, which teaches it.
+JARGON = re.compile(r"<<[^\n]*?>>|<<|>>")
+
+
 def has_jargon(text: str) -> bool:
     """Whether a solution contains a calculator annotation, or half of one.
 
     >>> has_jargon("48/2 = <<48/2=24>>24"), has_jargon("48/2 = 24"), has_jargon("48/2 = <<48/")
     (True, False, True)
     """
-    # For another kind of jargon, change this function, and `annotated_solutions` in lab/specialist.py, which teaches it.
-    return "<<" in text or ">>" in text
+    return JARGON.search(text) is not None
 
 
 # Every metric maps (solution, gold answer) to a number, and an evaluation reports its mean. To add a metric, name it here.

@@ -10,6 +10,7 @@ same text y_<t. The handoff (tandem.py) decides who is active, and keeps that mo
     x_senior, x_junior      senior_prompts, junior_prompts: left-padded (ids, mask), (B, P) each, with different P
     y                       completion_ids (B, C); the end token belongs to the completion, padding follows it
     who wrote y_t           senior_mask (B, C), recorded at the moment of sampling and never inferred afterwards
+    the other candidate     discarded_ids (B, C); toss_mask (B, C) says whether a coin was tossed before y_t
     T                       temperature
 
 The file begins with the algorithm for a single rollout, without a cache and without a batch. After it comes the same for a
@@ -22,9 +23,11 @@ numbers in its solo rollouts (p = 1) and in joint ones (p < 1). There is no top-
 log-probabilities under the full softmax.
 """
 
+import codecs
 import itertools
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -52,6 +55,21 @@ class Pair:
     tables: BoundaryTables
 
 
+class Step(NamedTuple):
+    """How one token of a joint rollout came about, as text. Rollouts.steps makes it; samples.jsonl keeps it as a list."""
+
+    author: str
+    # What the token adds to the text: nothing if it is the end token, or if a character is still incomplete after it.
+    text: str
+    # The two candidates, of which the author's was written. Bytes that are no text by themselves are spelled out, as in \xc3.
+    senior: str
+    junior: str
+    # Whether a coin was tossed before the token. If so, it named the author.
+    tossed: bool
+    # The senior's probability of the written token, whichever model wrote it, at the sampling temperature.
+    probability: float
+
+
 @dataclass
 class Rollouts:
     """A batch of B completions together with both prompts. Masks hold 1 for real tokens and 0 for padding."""
@@ -65,6 +83,10 @@ class Rollouts:
     completion_mask: torch.Tensor  # (B, C)
     # (B, C), 1 where the senior wrote the token.
     senior_mask: torch.Tensor
+    # (B, C), the candidate of the model that did not write. It is the written token itself if only one model took part.
+    discarded_ids: torch.Tensor
+    # (B, C), 1 where a coin was tossed before the token. It named the author.
+    toss_mask: torch.Tensor
     # (B, C), the senior's log-probability of every written token, the junior's tokens included, at the sampling temperature.
     # All 0 if the senior was never run (p = 0). They have no gradient and are not used by the loss.
     logprobs: torch.Tensor
@@ -101,6 +123,21 @@ class Rollouts:
             texts = [(author, b"".join(pieces[token] for _, token in group).decode(errors="replace")) for author, group in groups]
             all_spans.append([("senior" if author else "junior", text) for author, text in texts if text])
         return all_spans
+
+    def steps(self, row: int, pieces: list[bytes]) -> list[Step]:
+        """One rollout token by token, with what either model would have written. The texts add up to texts[row]."""
+        columns = (self.completion_ids, self.senior_mask, self.discarded_ids, self.toss_mask, self.logprobs.exp())
+        real = self.completion_mask[row].bool()
+        tokens = list(zip(*(column[row][real].tolist() for column in columns)))
+        # A character may consist of several tokens. The decoder holds its bytes back until the last of them has come.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        steps = []
+        for t, (written, by_senior, discarded, tossed, probability) in enumerate(tokens, 1):
+            text = decoder.decode(pieces[written], final=t == len(tokens))
+            samples = [pieces[token].decode(errors="backslashreplace") for token in (written, discarded)]
+            senior, junior = samples if by_senior else samples[::-1]
+            steps.append(Step("senior" if by_senior else "junior", text, senior, junior, bool(tossed), round(probability, 4)))
+        return steps
 
 
 def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,6 +241,8 @@ def rollout(
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
         # 3. Tokens and authors are recorded. A finished row goes on sampling until it is dropped; its tokens are masked here.
         buffer.append(t, ids, by_senior, senior_logprobs if SENIOR in roles else None)
+        # So is what only readers of a rollout need: the other candidate, and whether the token is the first since a toss.
+        buffer.append_trace(t, torch.where(by_senior, junior_ids, senior_ids), handoff.since_toss == 1)
         # 4. Every few steps, finished rows are dropped from the batch, if there are enough of them.
         index = buffer.rows_to_keep(t)
         if index is not None:
@@ -310,6 +349,7 @@ class RolloutBuffer:
         # Padding could be any id: masks are recorded, never guessed from ids.
         self.ids = self.end_ids[0].repeat(batch, max_new_tokens)  # (B, C)
         self.mask, self.senior_mask = torch.zeros_like(self.ids), torch.zeros_like(self.ids)  # (B, C)
+        self.discarded_ids, self.toss_mask = self.ids.clone(), torch.zeros_like(self.ids)  # (B, C)
         # float64 holds what any model computes, also the double-precision models of the tests.
         self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)  # (B, C)
         # Per role, the first step at which its logits were not finite.
@@ -336,6 +376,11 @@ class RolloutBuffer:
         # The end token itself was recorded above with its author; only what would follow it is padding.
         self.unfinished = self.unfinished & ~torch.isin(ids, self.end_ids)
 
+    def append_trace(self, t: int, discarded_ids: torch.Tensor, tossed: torch.Tensor) -> None:
+        """Fill column t with the candidates that were not written, (b,), and whether a coin was tossed, (b,)."""
+        self.discarded_ids[self.rows, t] = discarded_ids
+        self.toss_mask[self.rows, t] = tossed.long()
+
     def rows_to_keep(self, t: int) -> torch.Tensor | None:
         """Indices of the unfinished rows if it is time to compact the batch after step t, else None."""
         if t % self.CHECK_EVERY != self.CHECK_EVERY - 1:
@@ -352,7 +397,8 @@ class RolloutBuffer:
                 raise FloatingPointError(f"the {name}'s logits are not finite at completion token {step + 1}")
         # Drop the columns that no rollout has reached.
         length = int(self.mask.sum(1).max())
-        columns = [x[:, :length] for x in (self.ids, self.mask, self.senior_mask, self.logprobs)]
+        filled = (self.ids, self.mask, self.senior_mask, self.discarded_ids, self.toss_mask * self.mask, self.logprobs)
+        columns = [x[:, :length] for x in filled]
         return Rollouts(*senior_prompts, *junior_prompts, *columns, decode(columns[0], columns[1], pieces))
 
 
@@ -431,4 +477,5 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
             ends = itertools.accumulate(len(piece) for piece in pieces)
             mask[row, sum(end <= start for end in ends) :] = 0
     texts = decode(rollouts.completion_ids, mask, pair.pieces)
-    return replace(rollouts, completion_mask=mask, senior_mask=rollouts.senior_mask * mask, logprobs=rollouts.logprobs * mask, texts=texts)
+    masked = {name: getattr(rollouts, name) * mask for name in ("senior_mask", "toss_mask", "logprobs")}
+    return replace(rollouts, completion_mask=mask, **masked, texts=texts)

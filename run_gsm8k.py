@@ -402,6 +402,8 @@ def evaluate(update: int, args: argparse.Namespace, pair: Pair, problems: list[t
         samples = [
             {"update": update, "who": who, "question": problem.question, "gold": problem.gold}
             | {"reward": reward(rollouts.texts[i], problem.gold), "spans": spans[i]}
+            # What both models would have written at every step. Where only one of them ran, there is nothing to compare.
+            | ({"steps": rollouts.steps(i, pair.pieces)} if 0 < p < 1 else {})
             for i, problem in enumerate(problems[:SAMPLES])
         ]
         runs.append_rows(runs.run_folder(args) / "samples.jsonl", samples)

@@ -244,6 +244,8 @@ def random_rollouts(rows: int, prompt: int, new: int, vocab_size: int, device: s
         completion_ids=ids[:, prompt:],
         completion_mask=ones[:, prompt:],
         senior_mask=ones[:, prompt:],
+        discarded_ids=ids[:, prompt:],
+        toss_mask=torch.zeros_like(ones[:, prompt:]),
         logprobs=torch.zeros(rows, new, device=device),
         texts=[""] * rows,
     )

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from lab.runs import read_back, read_rows, seed_folders, unusable, writing
 from metrics import wilson_interval
+from rollout import Step
 
 Rows = list[dict]  # the rows of one metrics.jsonl
 Runs = dict[str, list[Rows]]  # {arm: [the rows of each seed]}
@@ -100,6 +101,19 @@ def is_evaluation(evaluation) -> bool:
         means = [evaluation[name] for name in ("tokens", "handoffs", "handoffs_inside") if name in evaluation]
         return evaluation["n"] > 0 and len(shares) > 2 and all(0 <= share <= 1 for share in shares) and all(map(isfinite, means))
     except (KeyError, TypeError, AttributeError, OverflowError):
+        return False
+
+
+def is_sample(row: dict) -> bool:
+    """Whether a row of samples.jsonl can be drawn: who wrote which text, how it was rewarded, and the steps, if there are any."""
+    try:
+        steps = [Step(*step) for step in row.get("steps", [])]
+        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
+        texts += [text for step in steps for text in (step.text, step.senior, step.junior)]
+        authors = {author for author, _ in row["spans"]} | {step.author for step in steps}
+        numbers = [row["reward"], *(step.probability for step in steps)]
+        return authors <= {"senior", "junior"} and all(map(isfinite, numbers)) and all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
 
 

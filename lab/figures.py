@@ -10,6 +10,7 @@ to RUNS/figures/, each as PNG and as PDF:
     control       control: is it the reward that changes the senior, or imitation?
     sweep         sweep: the weights c (of wrong rollouts) and j (of the junior's tokens)
     pressure, pressure-language, rlvr      see lab/figures_rl.py
+    all of them   rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
 How seeds are pooled, and what the intervals and the thin lines are, stands at the top of lab/curves.py.
 This file neither loads a model nor computes a metric.
@@ -22,12 +23,13 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, groupby
-from math import isfinite, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from lab import viewer
 from lab.curves import (
     BLUE,
     RED,
@@ -43,6 +45,7 @@ from lab.curves import (
     draw_arms,
     draw_curve,
     draw_junior,
+    is_sample,
     labels_and_styles,
     markdown_table,
     pooled,
@@ -144,16 +147,6 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
         if samples:
             return samples[0], reason
     return None
-
-
-def is_sample(row: dict) -> bool:
-    """Whether a row of samples.jsonl can be drawn: who wrote which text, and how it was rewarded."""
-    try:
-        texts = [row["who"], row["question"], row["gold"], *(text for _, text in row["spans"])]
-        authors, rewarded = {author for author, _ in row["spans"]}, isfinite(row["reward"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-    return rewarded and authors <= set(AUTHOR_LOOK) and all(isinstance(text, str) for text in texts)
 
 
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:
@@ -603,7 +596,7 @@ TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
 
 
 def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its tables.
+    """Draw the figures of one setting into folder/figures/, print its tables, and renew the page of all rollouts in the folder.
 
     Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
     """
@@ -624,6 +617,7 @@ def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
         path = draw_figure(folder, runs)
         if path:
             print(path)
+    viewer.draw_page(folder)
 
 
 def complete_setting(folder: Path, setting: str, arms: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     RUNS/<arm>/seed-<k>/config.json      every flag, versions, device, commit
                         metrics.jsonl    one row per update, appended and flushed
-                        samples.jsonl    evaluation rollouts, with the author of every span of text
+                        samples.jsonl    evaluation rollouts, with the author of every span of text; joint ones step by step
                         adapter/         the senior, as an adapter that PeftModel.from_pretrained loads
                         state.pt         what --resume needs: adapter, optimizer, the number of the last update
                         stopped.txt      only where training diverged: why

@@ -119,7 +119,10 @@ def as_rollouts(tokenizer, examples: list[tuple[list[int], list[int]]], device: 
     prompts, solutions = zip(*examples)
     ids, mask = models.pad(solutions, tokenizer, "right", device)
     asked = models.pad(prompts, tokenizer, "left", device)
-    return Rollouts(*asked, *asked, ids, mask, senior_mask=mask, logprobs=torch.zeros_like(mask), texts=[""] * len(ids))
+    nothing = torch.zeros_like(mask)
+    # No junior took part and no coin was tossed.
+    columns = dict(senior_mask=mask, discarded_ids=ids, toss_mask=nothing, logprobs=nothing)
+    return Rollouts(*asked, *asked, ids, mask, **columns, texts=[""] * len(ids))
 
 
 def batches_of_similar_length(examples: list, batch: int, rng: random.Random) -> list[list]:

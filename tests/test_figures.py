@@ -279,9 +279,8 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures_rl, "bootstrap_interval", lambda values, statistic: (0.0, 1.0))
     figures.main(str(tmp_path))
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
-        f"{name}.{kind}" for name in FILES for kind in ("pdf", "png")
-    )
+    drawn = {f"{name}.{kind}" for name in FILES for kind in ("pdf", "png")}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn | {"rollouts.html"}
     for name in FILES:
         assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == PNG
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
@@ -385,6 +384,10 @@ def test_the_caption_counts_the_seeds(tmp_path, drawn):
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": [["nobody", "7"]]}'),
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": "1", "spans": [["senior", "7"]]}'),
         ("samples.jsonl", '{"update": 0, "who": "tandem", "question": 5, "gold": "7", "reward": 1, "spans": [["senior", "7"]]}'),
+        (
+            "samples.jsonl",
+            '{"update": 0, "who": "tandem", "question": "Q", "gold": "7", "reward": 1, "spans": [], "steps": [["senior", "7"]]}',
+        ),
         ("config.json", "[1]"),
         ("config.json", '{"flags": {}}'),
     ],

@@ -64,7 +64,7 @@ def gradients(schedule: str, junior_weight: float, thrown_too: bool = False, p: 
     (exact,) = torch.autograd.grad((probability * rewards).sum(), theta, retain_graph=True)
 
     ones, n = torch.ones_like(tokens), len(tokens)
-    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
+    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), tokens, ones, logprobs, [""] * n)
     weights = token_weights(rollouts, outcome_weights(rewards, wrong_weight), junior_weight).double()
     terms = (weights * logprobs + thrown_too * rewards[:, None] * thrown).sum(1)
     (estimate,) = torch.autograd.grad((probability.detach() * terms).sum(), theta)
@@ -126,7 +126,7 @@ def grpo_gradients(schedule: str, p: float):
     rewards = right[history(tokens)]
     q = (probability.detach() * rewards).sum()
     ones, n = torch.ones_like(tokens), len(tokens)
-    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), logprobs, [""] * n)
+    rollouts = Rollouts(ones, ones, ones, ones, tokens, ones, by_senior.long(), tokens, ones, logprobs, [""] * n)
 
     # Our functions on every kind of group: the advantage of the first rollout, with a partner that is right or wrong.
     with_right, with_wrong = (

@@ -31,7 +31,9 @@ def make_rollouts(vocab: int, seed: int = 0) -> Rollouts:
     completion_mask = (torch.arange(9) < torch.tensor([[2], [7], [4], [3], [5]])).long()
     senior_mask = torch.randint(0, 2, (5, 9), generator=generator) * completion_mask
     prompts = prompt_ids, prompt_mask, prompt_ids[:, 1:], prompt_mask[:, 1:]
-    return Rollouts(*prompts, completion_ids, completion_mask, senior_mask, torch.zeros(5, 9), list("01234"))
+    return Rollouts(
+        *prompts, completion_ids, completion_mask, senior_mask, completion_ids, completion_mask, torch.zeros(5, 9), list("01234")
+    )
 
 
 def gradients(model, rollouts, weights, temperature=0.7, micro_tokens=1000):
@@ -57,6 +59,8 @@ def test_weights_by_hand():
         torch.tensor([[3, 4, 1], [5, 1, 0]]),
         torch.tensor([[1, 1, 1], [1, 1, 0]]),
         torch.tensor([[1, 0, 1], [0, 1, 0]]),
+        torch.tensor([[3, 4, 1], [5, 1, 0]]),
+        torch.tensor([[1, 1, 1], [1, 1, 0]]),
         torch.zeros(2, 3),
         ["", ""],
     )
@@ -165,6 +169,8 @@ def test_padding_and_order_change_nothing(make_model, tokenizer):
         torch.cat([rollouts.completion_ids, more], 1).flip(0),
         torch.cat([rollouts.completion_mask, zero], 1).flip(0),
         torch.cat([rollouts.senior_mask, zero], 1).flip(0),
+        torch.cat([rollouts.discarded_ids, more], 1).flip(0),
+        torch.cat([rollouts.toss_mask, zero], 1).flip(0),
         torch.zeros(5, 13),
         [""] * 5,
     )

@@ -1,12 +1,14 @@
 """Co-generation against the reference implementation, which has no cache, no padding, no batch and no tables."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import gpt2, left_pad, llama, make_pair, write
 from reinforce import completion_logprobs
 from rollout import CachedDecoder, Rollouts, join, random_numbers, reference_rollout, rollout_in_chunks, sample, truncate
-from tandem import SCHEDULES, token_bytes
+from tandem import SCHEDULES, opens_word, token_bytes
 
 STEPS = 14
 
@@ -193,8 +195,47 @@ def test_handoffs_and_author_spans(tokenizer, prompts):
 def test_author_spans_by_hand():
     """Two tokens of one author are decoded together (0xC3 0xB6 is ö); padding is not text."""
     ids, mask = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 1, 1, 0]])
-    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, torch.tensor([[1, 1, 0, 0]]), torch.zeros(1, 4), [""])
+    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, torch.tensor([[1, 1, 0, 0]]), ids, mask, torch.zeros(1, 4), [""])
     assert rollouts.author_spans([b"sch\xc3", b"\xb6", b"n", b"x"]) == [[("senior", "schö"), ("junior", "n")]]
+
+
+@pytest.mark.parametrize("schedule", ["token", "word", "redraw"])
+def test_candidates_and_tosses_are_recorded(tokenizer, prompts, schedule):
+    """Both candidates of every step are what the models sample after one plain pass, and a toss is where the schedule wants it."""
+    pieces = token_bytes(tokenizer, len(tokenizer))
+    models = [WholeText(llama(len(tokenizer), seed, torch.float64), tokenizer) for seed in (0, 1)]
+    rollouts, noise = write(*models, prompts, tokenizer, schedule=schedule), random_numbers(6, STEPS, seed=2)[0]
+    for row in range(len(rollouts)):
+        written = rollouts.completion_ids[row][rollouts.completion_mask[row].bool()].tolist()
+        authors = rollouts.senior_mask[row].tolist()
+        for t in range(len(written)):
+            seen = [torch.tensor([prompts[role][row] + written[:t]]) for role in (0, 1)]
+            samples = [sample(models[role](input_ids=seen[role]).logits[:, -1], noise[role, t, [row]], 1.3)[0].item() for role in (0, 1)]
+            assert [written[t], rollouts.discarded_ids[row, t].item()] == (samples if authors[t] else samples[::-1])
+            before, of_active = pieces[written[t - 1]], pieces[samples[1 - authors[t - 1]]]
+            text = b"".join(pieces[token] for token in written[:t]).decode()
+            wanted = {"token": True, "word": opens_word(text, of_active.decode()), "redraw": before.startswith(b" ")}
+            assert rollouts.toss_mask[row, t] == (t == 0 or wanted[schedule])
+        assert rollouts.toss_mask[row, len(written) :].sum() == 0
+    assert rollouts.toss_mask.sum() > len(rollouts)
+
+
+def test_steps_by_hand():
+    """The bytes of ö come from two tokens: the second one adds it to the text. A candidate that is half of it is spelled out."""
+    ids, ones = torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4, dtype=torch.long)
+    by_senior, tosses, probabilities = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 0, 1, 0]]), torch.tensor([[1, 0.25, 0.5, 0.12345]])
+    discarded = torch.tensor([[2, 1, 0, 2]])
+    rollouts = Rollouts(ids, ones, ids, ones, ids, ones, by_senior, discarded, tosses, probabilities.log(), ["schön"])
+    pieces = [b"sch\xc3", b"\xb6", b"n", b""]
+    steps = rollouts.steps(0, pieces)
+    assert [tuple(step) for step in steps] == [
+        ("senior", "sch", r"sch\xc3", "n", True, 1.0),
+        ("senior", "ö", r"\xb6", r"\xb6", False, 0.25),
+        ("junior", "n", r"sch\xc3", "n", True, 0.5),
+        ("junior", "", "n", "", False, 0.1235),
+    ]
+    cut = replace(rollouts, completion_mask=torch.tensor([[1, 0, 0, 0]]))
+    assert [step.text for step in cut.steps(0, pieces)] == ["sch\ufffd"]
 
 
 def test_truncate_by_hand(tokenizer):
@@ -204,12 +245,13 @@ def test_truncate_by_hand(tokenizer):
     width = max(map(len, rows))
     ids = torch.tensor([row + [1] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, mask, mask.double(), [tokenizer.decode(row) for row in rows])
+    texts = [tokenizer.decode(row) for row in rows]
+    rollouts = Rollouts(ids, mask, ids, mask, ids, mask, mask, ids, mask, mask.double(), texts)
     cut = truncate(rollouts, "\nQuestion:", pair)
     assert cut.texts == ["She sold 2.", "She sold 2 clips in April."]
     kept = len(tokenizer("She sold 2.").input_ids)
     assert cut.completion_mask[0].tolist() == [1] * kept + [0] * (width - kept)
-    for name in ("senior_mask", "logprobs"):
+    for name in ("senior_mask", "toss_mask", "logprobs"):
         assert torch.equal(getattr(cut, name), cut.completion_mask.to(getattr(cut, name).dtype))
     assert torch.equal(cut.completion_mask[1], mask[1])
     assert torch.equal(rollouts.completion_mask, mask)  # the argument is unmodified

@@ -17,6 +17,7 @@ import run_gsm8k
 from lab import figures, runs
 from lab.models import trainable_parameters
 from reinforce import plain_loss
+from rollout import Step
 from run_gsm8k import flags_of_run, main, parse_args
 
 
@@ -69,6 +70,10 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
         samples = rows(folder / "samples.jsonl")
         assert {sample["who"] for sample in samples} == {"senior", "tandem", "junior"}
         assert {author for sample in samples if sample["who"] == "tandem" for author, _ in sample["spans"]} == {"senior", "junior"}
+        assert all(("steps" in sample) == (sample["who"] == "tandem") for sample in samples)
+        steps = [[Step(*step) for step in sample["steps"]] for sample in samples if "steps" in sample]
+        assert all(of_one[0].tossed and len(of_one) <= 12 for of_one in steps)
+        assert all(0 <= step.probability <= 1 for of_one in steps for step in of_one)
         state = torch.load(folder / "state.pt")
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder / "adapter")
         saved = dict(model.named_parameters())
@@ -76,6 +81,7 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
             assert torch.equal(saved[name.replace(".weight", ".default.weight")], tensor)
     for suffix in ("png", "pdf"):
         assert (tmp_path / "runs" / "figures" / f"skill-figure2.{suffix}").stat().st_size > 5000
+    assert (tmp_path / "runs" / "figures" / "rollouts.html").is_file()
 
 
 @pytest.mark.usefixtures("always_right")
