@@ -142,21 +142,29 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
 # Tandem RL: how far the senior is from its junior, and pass@k
 
 
-def distance_from_junior(senior: torch.Tensor, junior: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def distance_from_junior(
+    senior: torch.Tensor, junior: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> dict[str, torch.Tensor]:
     """What separates the two models on solutions that the senior wrote: three means over the tokens of a solution, (B,), in nats.
 
-    senior, junior: log-probabilities of the whole vocabulary before every token, (B, C, V). ids, mask: (B, C).
+    senior, junior: log-probabilities of the whole vocabulary before every token, at temperature 1, (B, C, V). ids, mask:
+    (B, C). temperature: that of sampling, at which the two distributions are compared.
 
-        legibility   -log junior(y_t)                                     the junior's cross-entropy
+        legibility   -log junior(y_t), at temperature 1                   the junior's cross-entropy
         drift        sum_v senior(v) * (log senior(v) - log junior(v))    KL(senior || junior), exact over the vocabulary
         drift_k3     its estimate from y_t alone (reinforce.py, equation 6)
     """
+
+    def of_written(logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.gather(2, ids[:, :, None])[:, :, 0]  # (B, C)
+
     # Open in paper: how the distance from the junior was measured.
-    written = [logprobs.gather(2, ids[:, :, None])[:, :, 0] for logprobs in (senior, junior)]  # (B, C) each
+    # The logits were the log-probabilities up to a constant, so these can be divided by the temperature in their place.
+    s, j = ((logprobs / temperature).log_softmax(-1) for logprobs in (senior, junior))  # (B, C, V) each
     per_token = {
-        "legibility": -written[1],
-        "drift": (senior.exp() * (senior - junior)).sum(-1),
-        "drift_k3": kl_estimate(*written, mask),
+        "legibility": -of_written(junior),
+        "drift": (s.exp() * (s - j)).sum(-1),
+        "drift_k3": kl_estimate(of_written(s), of_written(j), mask),
     }
     # An empty solution has the value 0.
     return {name: (values * mask).sum(1) / mask.sum(1).clamp(min=1) for name, values in per_token.items()}

@@ -200,8 +200,9 @@ class FrozenOutputLayer(torch.autograd.Function):
     """log softmax(W h / T)[y] for N states h (N, H) and tokens y (N,), with a frozen W (V, H).
 
     The gradient with respect to h is W^T (onehot(y) - softmax(W h / T)) / T. Each output depends on its own state only, and
-    everything that this expression needs is available during the forward pass. So the gradient is computed there, a chunk of states
-    at a time, and N * H numbers are stored instead of N * V. Unlike under checkpointing, nothing is computed twice.
+    everything that this expression needs is available during the forward pass. So the gradient is computed there, a chunk
+    of states at a time, and N * H numbers are stored instead of N * V. Unlike under checkpointing, nothing is computed twice.
+    The states of a model that is not trained, such as the junior, need no gradient, and none is computed.
     """
 
     @staticmethod
@@ -212,11 +213,14 @@ class FrozenOutputLayer(torch.autograd.Function):
             logits = head(h).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature)  # (n, V)
             all_logprobs = logits.log_softmax(-1)
             logprobs.append(all_logprobs.gather(1, y)[:, 0])  # (n,)
+            if not ctx.needs_input_grad[1]:
+                continue
             # onehot(y) - softmax, in place: all_logprobs is not needed any more.
             difference = all_logprobs.exp_().neg_()  # (n, V)
             difference.scatter_add_(1, y, torch.ones_like(y, dtype=difference.dtype))
             gradients.append(difference.to(h.dtype) @ head.weight / temperature)  # (n, H)
-        ctx.save_for_backward(torch.cat(gradients))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(logprobs)
 
     @staticmethod

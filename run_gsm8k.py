@@ -75,11 +75,13 @@ def in_languages(pair: str) -> dict:
     return {"senior_language": senior, "junior_language": junior}
 
 
+# What several arms have in common: a longer training, GRPO, and the conditions of Tandem RL.
 LONG = {"updates": 80, "eval_every": 8}
 GRPO = LONG | {"algorithm": "grpo"}
 RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True, "specialist_steps": 0, "handoff": "redraw"}
 
-# Every arm, with the flags in which it differs from the command line. Settings may share an arm, whose runs are then made and stored once.
+# Every arm, with the flags in which it differs from the command line. Settings may share an arm; its runs are then made and
+# stored once.
 ARMS: dict[str, dict] = {
     "tandem": {},
     # Standard RL: the senior writes its training rollouts alone. The control of most figures.
@@ -239,14 +241,16 @@ def runs_of(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argparse.Namespace:
     """The flags of one run: the command line, overridden by those of its arm."""
-    run = argparse.Namespace(**vars(args) | ARMS.get(arm, {}) | more | {"arm": arm, "seed": seed})
+    of_arm = ARMS.get(arm, {}) | more
+    run = argparse.Namespace(**vars(args) | of_arm | {"arm": arm, "seed": seed})
     # Changing the language takes longer than dropping the jargon.
     updates = 28 if run.senior_language == run.junior_language else 40
     for flag, default in {"updates": updates, "eval_every": 4, "eval_problems": 200}.items():
         # Of these, an arm only has defaults of its own, which the command line or a preset replaces.
         given = getattr(args, flag)
-        setattr(run, flag, ARMS.get(arm, {}).get(flag, default) if given is None else given)
-    run.batch *= ARMS.get(arm, {}).get("batch_factor", 1)
+        setattr(run, flag, of_arm.get(flag, default) if given is None else given)
+    # A larger group has the same number of problems per batch.
+    run.batch *= of_arm.get("batch_factor", 1)
     if run.rollouts_per_prompt is None:
         run.rollouts_per_prompt = 8 if run.algorithm == "grpo" else 2
     if run.junior_weight is None:
@@ -446,8 +450,7 @@ def main(argv: list[str] | None = None) -> None:
             locks.enter_context(runs.locked(confirmations))
             diverged += runs.run_all(confirmations, train_one, args.jobs)
     if parallel.is_main():
-        for setting in SETTINGS if args.setting == "all" else [args.setting]:
-            figures.draw(Path(args.out), setting, SETTINGS[setting])
+        figures.draw_all(Path(args.out), SETTINGS if args.setting == "all" else [args.setting])
     print(f"finished after {(time.time() - started) / 60:.1f} minutes")
     if diverged:
         sys.exit("\n".join(diverged))

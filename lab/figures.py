@@ -596,7 +596,7 @@ TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
 
 
 def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/, print its tables, and renew the page of all rollouts in the folder.
+    """Draw the figures of one setting into folder/figures/ and print its tables.
 
     Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
     """
@@ -617,6 +617,15 @@ def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
         path = draw_figure(folder, runs)
         if path:
             print(path)
+
+
+def draw_all(folder: Path, settings: Iterable[str]) -> None:
+    """Draw the figures of these settings, and the page of all rollouts in the folder."""
+    # Imported late, because the runner itself imports this module.
+    from run_gsm8k import SETTINGS
+
+    for setting in settings:
+        draw(folder, setting, SETTINGS[setting])
     viewer.draw_page(folder)
 
 
@@ -640,8 +649,7 @@ def main(folder: str) -> None:
     if not settings:
         sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: run run_gsm8k.py first, or name its --out folder")
     try:
-        for setting in settings:
-            draw(folder, setting, SETTINGS[setting])
+        draw_all(Path(folder), settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for arm in present:

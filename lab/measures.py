@@ -64,12 +64,10 @@ def compare(solo: Rollouts, pair: Pair, temperature: float) -> dict[str, list[fl
     max_rows = max(1, LOGITS_AT_ONCE // (solo.completion_ids.shape[1] * len(pair.pieces)))
     for rows in torch.arange(len(solo), device=solo.prompt_ids.device).split(max_rows):
         part = select(solo, rows)
-        for names, at in ((("legibility",), 1.0), (("drift", "drift_k3"), temperature)):
-            senior = full_logprobs(pair.senior, part, at)  # (b, C, V)
-            junior = full_logprobs(pair.junior, part.as_read_by_junior(), at)  # (b, C, V)
-            distances = distance_from_junior(senior, junior, part.completion_ids, part.completion_mask)
-            for name in names:
-                found[name] += [round(value, 5) for value in distances[name].tolist()]
+        senior = full_logprobs(pair.senior, part, temperature=1.0)  # (b, C, V)
+        junior = full_logprobs(pair.junior, part.as_read_by_junior(), temperature=1.0)  # (b, C, V)
+        for name, values in distance_from_junior(senior, junior, part.completion_ids, part.completion_mask, temperature).items():
+            found[name] += [round(value, 5) for value in values.tolist()]
     return found
 
 

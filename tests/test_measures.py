@@ -37,7 +37,7 @@ def test_distances_by_hand():
     The tokens are 0 and 0: the cross-entropy is ln 4 for both; KL is ln(2) / 2 + ln(2/3) / 2 and 3/4 ln 3 + 1/4 ln(1/3)."""
     senior = torch.tensor([[[0.5, 0.5], [0.75, 0.25], [0.9, 0.1]]]).log()
     junior = torch.tensor([[[0.25, 0.75], [0.25, 0.75], [0.1, 0.9]]]).log()
-    found = distance_from_junior(senior, junior, torch.tensor([[0, 0, 1]]), torch.tensor([[1, 1, 0]]))
+    found = distance_from_junior(senior, junior, torch.tensor([[0, 0, 1]]), torch.tensor([[1, 1, 0]]), temperature=1.0)
     assert found["legibility"].item() == pytest.approx(math.log(4))
     first, second = 0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.5 * math.log(3)
     assert found["drift"].item() == pytest.approx((first + second) / 2)

@@ -43,6 +43,13 @@ def test_percentages_are_those_of_the_results():
     assert stated - measured == set()
 
 
+def test_differences_in_the_readme_are_those_of_the_tables():
+    """Every interval with a sign, such as [-3.6, +0.7], stands in a table of results/README.md, which is held to the files above."""
+    stated = set(re.findall(r"\[[-+][\d.]+, [-+][\d.]+\]", README))
+    assert len(stated) >= 3
+    assert [interval for interval in stated if interval not in RESULTS] == []
+
+
 def test_every_choice_that_the_paper_leaves_open_has_a_row():
     """A mark in the code belongs to the function around it, or to the constant below it, and the README names that."""
     marks = 0

@@ -11,6 +11,7 @@ from conftest import llama
 from reinforce import (
     clipped_objective,
     completion_logprobs,
+    frozen_logprobs,
     group_advantages,
     kl_estimate,
     micro_batches,
@@ -214,6 +215,15 @@ def test_masks_that_contradict_each_other_are_refused():
     for mask in (wrong, rollouts.senior_mask[:, 1:]):
         with pytest.raises(ValueError, match="senior_mask must have the shape of completion_mask"):
             token_weights(replace(rollouts, senior_mask=mask), torch.ones(5), 1.0)
+
+
+def test_a_model_that_is_not_trained_needs_no_gradient_of_its_output_layer(tokenizer, monkeypatch):
+    """frozen_logprobs gives the same numbers, without the product (n, V) x (V, H) that a gradient would need."""
+    model, rollouts = llama(len(tokenizer), 0), make_rollouts(len(tokenizer))
+    model.lm_head.weight.requires_grad_(False)
+    trained = completion_logprobs(model, rollouts, 0.7)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)
+    assert torch.equal(frozen_logprobs(model, rollouts, 0.7), trained.detach())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

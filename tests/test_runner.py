@@ -398,6 +398,16 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--arms tandm", "--arms tandm: not in --setting skill, whose arms are tandem, solo"),
         ("--shots 9", "--shots: 9: must be a finite number of at least 0 and at most 3"),
         ("--senior-language es", "invalid choice: 'es'"),
+        ("--algorithm ppo", "invalid choice: 'ppo'"),
+        ("--algorithm grpo --kl nan", "--kl: nan: must be a finite number"),
+        ("--algorithm grpo --wrong-weight -0.3", "--wrong-weight: no effect on tandem, solo"),
+        ("--clip-ratio 0.1", "--clip-ratio: no effect on tandem, solo"),
+        ("--kl 0.1", "--kl: no effect on tandem, solo"),
+        ("--inner-steps 2", "--inner-steps: no effect on tandem, solo"),
+        ("--algorithm grpo --rollouts-per-prompt 1", "--rollouts-per-prompt 1: GRPO compares the rollouts of a prompt"),
+        ("--setting pressure --batch 100", "--batch 100 is not divisible by --rollouts-per-prompt 8 .arm grpo-tandem"),
+        ("--setting pressure --arms grpo-tandem --algorithm grpo", "--algorithm: no effect on grpo-tandem"),
+        ("--setting rlvr --preset paper", "--setting rlvr: senior and junior start as one model"),
     ],
 )
 def test_bad_flags(flags, message, capsys):
@@ -509,31 +519,6 @@ def test_a_killed_process_is_named(monkeypatch, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # GRPO
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            "--setting skill --algorithm grpo --wrong-weight -0.3",
-            "--wrong-weight: no effect on tandem, solo",
-        ),
-        ("--setting skill --clip-ratio 0.1", "--clip-ratio: no effect on tandem, solo"),
-        ("--setting skill --kl 0.1", "--kl: no effect on tandem, solo"),
-        ("--setting skill --inner-steps 2", "--inner-steps: no effect on tandem, solo"),
-        ("--setting skill --algorithm grpo --rollouts-per-prompt 1", "--rollouts-per-prompt 1: GRPO compares the rollouts of a prompt"),
-        ("--setting pressure --batch 100", "--batch 100 is not divisible by --rollouts-per-prompt 8 .arm grpo-tandem"),
-        ("--setting pressure --arms grpo-tandem --algorithm grpo", "--algorithm: no effect on grpo-tandem"),
-        ("--setting rlvr --preset paper", "--setting rlvr: senior and junior start as one model"),
-        ("--setting skill --algorithm ppo", "invalid choice: 'ppo'"),
-        ("--setting skill --kl nan --algorithm grpo", "--kl: nan: must be a finite number"),
-    ],
-)
-def test_flags_of_the_other_algorithm_are_refused(flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(flags.split())
-    assert stop.value.code == 2
-    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
 def test_defaults_follow_the_algorithm():
