@@ -95,25 +95,31 @@ EXPRESSION = re.compile(rf"(?:<<)?{OPERAND}(?:\s?[-+*/×÷=<>]+\s?{OPERAND})+(?:
 
 
 def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict:
-    """Mean number of handoffs per rollout: all of them, and those inside an expression.
+    """Mean number of handoffs per rollout: all of them, and those inside an expression, inside a word and inside a number.
 
     Each rollout is a list of (author, text) spans, as returned by Rollouts.author_spans. Handoffs inside an expression are
     where the paper sees the pressure against jargon: the junior has to finish arithmetic in a notation that it was never
-    taught.
+    taught. A handoff is inside a word or a number if the characters on both sides of it are letters or digits. A number in
+    an expression counts for both.
 
-    >>> count_handoffs([[("senior", "She has 48/"), ("junior", "2=24"), ("senior", " clips")]])
-    {'handoffs': 2.0, 'handoffs_inside': 1.0}
+    >>> count_handoffs([[("senior", "She has 48/"), ("junior", "2=24"), ("senior", " cl"), ("junior", "ips")]])
+    {'handoffs': 3.0, 'handoffs_inside': 1.0, 'handoffs_in_words': 1.0, 'handoffs_in_numbers': 0.0}
     """
-    total = inside = 0
+    total = inside = in_words = in_numbers = 0
     for spans in rollouts:
-        expressions = [match.span() for match in EXPRESSION.finditer("".join(text for _, text in spans))]
+        whole = "".join(text for _, text in spans)
+        expressions = [match.span() for match in EXPRESSION.finditer(whole)]
         position = 0
         for _, text in spans[:-1]:
             # There is a handoff at the end of every span but the last. At either edge of an expression it is not inside.
             position += len(text)
             total += 1
             inside += any(start < position < end for start, end in expressions)
-    return {"handoffs": total / len(rollouts), "handoffs_inside": inside / len(rollouts)}
+            around = whole[max(0, position - 1) : position + 1]  # the character before and the one after
+            in_words += len(around) == 2 and around.isalpha()
+            in_numbers += len(around) == 2 and around.isdecimal()
+    counts = {"handoffs": total, "handoffs_inside": inside, "handoffs_in_words": in_words, "handoffs_in_numbers": in_numbers}
+    return {name: count / len(rollouts) for name, count in counts.items()}
 
 
 def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:

@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.optim import PagedAdamW8bit
 
-from lab import figures, flags, measures, memory, models, parallel, runs, tiny
+from lab import figures, flags, measures, memory, models, parallel, runs, teach, tiny
 from lab import problems as tasks
 from lab.flags import available_devices, name, number
 from lab.specialist import make_specialist
@@ -133,9 +133,10 @@ SETTINGS: dict[str, list[str]] = {
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = {
     "tiny": {},
-    # A real pretrained model of 135 million parameters, on generated problems.
-    "smol": dict(senior=SMOL, junior=SMOL, max_new_tokens=192, batch=64, rollout_batch=64, micro_tokens=4096)
-    | dict(lr=1e-4, specialist_steps=300, specialist_lr=5e-4, eval_problems=100, shots=3),
+    # A real pretrained model of 135 million parameters, taught to solve generated problems.
+    "smol": dict(senior=SMOL, junior=SMOL, problems="varied", teach_steps=100, specialist_steps=60, specialist_batch=16)
+    | dict(specialist_lr=1e-3, max_new_tokens=128, batch=32, rollout_batch=64, micro_tokens=1024)
+    | dict(updates=24, eval_every=8, eval_problems=100),
     # The paper's models, on GSM8K, on one GPU.
     "paper": dict(senior="neuralmagic/Llama-2-7b-gsm8k", junior="NousResearch/Llama-2-7b-chat-hf", problems="openai/gsm8k")
     | dict(four_bit=True, checkpointing=True, eight_bit_adam=True, max_new_tokens=256, rollout_batch=152)
@@ -163,13 +164,17 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("models")
     group.add_argument("--senior", type=name, default="tiny", help="hub id or local folder; tiny is the shipped base")
     group.add_argument("--junior", type=name, default="tiny", help="the same; if it equals --senior, the weights are loaded once")
+    group.add_argument("--teach-steps", type=number(int, 0), default=0, help="steps on plain solutions for both (lab/teach.py)")
     group.add_argument("--four-bit", action=switch, default=False, help="load the base weights in 4 bits (QLoRA)")
+    group.add_argument("--bfloat16", action=switch, help="weights in bfloat16 (default: on an accelerator; some CPUs are faster too)")
     group.add_argument("--rank", type=number(int, 1, 4096), default=16, help="rank and alpha of the LoRA adapter")
     group.add_argument("--specialist-steps", type=number(int, 0), default=300, help="steps of fine-tuning; 0 if --senior is a specialist")
     group.add_argument("--specialist-batch", type=count, default=32, help="solutions per step of fine-tuning")
     group.add_argument("--specialist-lr", type=rate, default=4e-3, help="learning rate of fine-tuning")
     group = parser.add_argument_group("problems")
-    group.add_argument("--problems", type=name, default="generated", help="generated, folder with train.jsonl and test.jsonl, or hub id")
+    group.add_argument(
+        "--problems", type=name, default="generated", help="generated, varied, folder of train.jsonl and test.jsonl, or hub id"
+    )
     group.add_argument("--eval-problems", type=count, help="held-out problems per evaluation (default by arm: 200 or 400)")
     group.add_argument("--eval-every", type=count, help="updates between evaluations (default by arm: 4, 8 or 20)")
     group.add_argument("--evaluate", nargs="+", choices=WRITERS, default=list(WRITERS), help="whom to evaluate (the junior once)")
@@ -217,6 +222,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Solo training is set by arms only. As a flag, --solo would turn a tandem arm into another one.
     parser.set_defaults(solo=False)
     args = parser.parse_args(argv)
+    if args.bfloat16 is None:
+        args.bfloat16 = args.device != "cpu"
     # Checks beyond the range of a single flag, which its type has checked.
     flags.check_arms(parser, args, arms_of(args.setting))
     args.jobs = flags.number_of_jobs(parser, args, len(runs_of(args)))
@@ -433,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
             # Check tokenizers, problems, memory and folders before anything slow.
             names = [tiny.checkpoint(name) for name in (args.senior, args.junior)]
             # Which base this is goes into config.json; --resume insists on the same one.
-            args.base = tiny.identity(names[0])
+            args.base = teach.taught_name(args) if args.teach_steps else tiny.identity(names[0])
             tokenizers = models.load_tokenizers(*names)
             args.device = parallel.start(args.device)
             args.rollout_batch, args.micro_tokens = memory.fit_to_memory(args, *names, runs_of(args), tokenizers)
@@ -457,8 +464,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_pair(args: argparse.Namespace) -> Pair:
-    names = map(tiny.checkpoint, (args.senior, args.junior))
-    return models.load_pair(*names, rank=args.rank, four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing)
+    names = [tiny.checkpoint(name) for name in (args.senior, args.junior)]
+    if args.teach_steps:
+        teach.make_base(args)
+        names = [str(teach.base_folder(args))] * 2
+    options = dict(four_bit=args.four_bit, device=args.device, checkpointing=args.checkpointing, bfloat16=args.bfloat16)
+    return models.load_pair(*names, rank=args.rank, **options)
 
 
 # The pair of a process of --jobs, loaded for its first run and used for all.

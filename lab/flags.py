@@ -58,6 +58,8 @@ def check_arms(parser: argparse.ArgumentParser, args: argparse.Namespace, arms: 
     """--arms must name arms of the setting, each once. The setting rlvr needs one model for both."""
     if args.setting == "rlvr" and args.senior != args.junior:
         parser.error("--setting rlvr: senior and junior start as one model: give --junior the value of --senior")
+    if args.teach_steps and args.senior != args.junior:
+        parser.error(f"--teach-steps {args.teach_steps}: one base is taught for both: give --junior the value of --senior, or teach none")
     chosen = args.arms or arms
     unknown = sorted(set(chosen) - set(arms))
     if unknown:

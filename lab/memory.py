@@ -4,7 +4,7 @@
 
     term      method              what is counted
     weights   Plan.weights()      4-bit linear layers: half a byte per parameter and one byte of scale per 64 parameters. All
-                                  other parameters at 2 bytes each on a GPU and 4 on a CPU
+                                  other parameters at 2 bytes each in bfloat16 and 4 in float32
     adapter   Plan.adapter()      LoRA's A and B in float32, their gradients, and AdamW's two moments (with --eight-bit-adam
                                   one byte each)
     batch     Plan.whole_batch()  what is kept of every rollout of an update or evaluation: ids, masks, random numbers
@@ -76,7 +76,7 @@ def fit_to_memory(args: argparse.Namespace, senior: str, junior: str, runs: list
         return wanted
     # A specialist is fine-tuned with the 32-bit AdamW, before the optimiser of the run exists.
     eight_bit_adam = args.eight_bit_adam and args.specialist_steps == 0
-    options = dict(four_bit=args.four_bit, half_precision=on_gpu, rank=args.rank, checkpointing=args.checkpointing)
+    options = dict(four_bit=args.four_bit, half_precision=args.bfloat16, rank=args.rank, checkpointing=args.checkpointing)
     plan = Plan(shapes, **options, eight_bit_adam=eight_bit_adam, prompt=prompt, new=new, batch=whole)
     # All processes must cut a batch alike, so all of them plan for the one that has the least memory.
     budget = min(parallel.gather(args.memory * GIB if args.memory else free_memory(on_gpu) / args.jobs)) - (RESERVE if on_gpu else 0)
@@ -163,7 +163,7 @@ class Plan:
 
     shapes: list[Shape]  # of the senior and, unless both share one base, of the junior
     four_bit: bool
-    half_precision: bool  # bfloat16 weights and activations, as on a GPU, rather than float32
+    half_precision: bool  # bfloat16 weights and activations rather than float32
     rank: int
     checkpointing: bool
     eight_bit_adam: bool

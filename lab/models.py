@@ -48,15 +48,20 @@ def load_tokenizers(senior: str, junior: str) -> list:
     return tokenizers
 
 
-def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False) -> Pair:
+def load_pair(
+    senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False, bfloat16: bool | None = None
+) -> Pair:
     """Load the pair, the senior under a fresh adapter, which changes nothing until it is trained.
+
+    bfloat16: of the base weights, instead of float32. The default is bfloat16 on an accelerator only.
 
     Raises ValueError for a missing or incomplete checkpoint, for two that differ in tokenizer or logit width, for a pair
     without an end token, and for an architecture that rollout.py or reinforce.py would get wrong.
     """
     tokenizers = load_tokenizers(senior, junior)
-    base = load_model(senior, four_bit, device)
-    other = base if senior == junior else load_model(junior, four_bit, device)
+    bfloat16 = device != "cpu" if bfloat16 is None else bfloat16
+    base = load_model(senior, four_bit, device, bfloat16)
+    other = base if senior == junior else load_model(junior, four_bit, device, bfloat16)
 
     # A chat model may end its turn with another token than the end token of its tokenizer.
     end_ids = {tokenizer.eos_token_id for tokenizer in tokenizers}
@@ -80,9 +85,9 @@ def load_pair(senior: str, junior: str, *, rank: int, four_bit: bool, device: st
     return pair
 
 
-def load_model(name: str, four_bit: bool, device: str):
-    """One frozen causal language model: bfloat16 on an accelerator, float32 on a CPU, NF4 weights if four_bit."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+def load_model(name: str, four_bit: bool, device: str, bfloat16: bool):
+    """One frozen causal language model in bfloat16 or float32, with NF4 weights if four_bit."""
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     options = {"dtype": dtype, "device_map": {"": device}}
     if four_bit:
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)

@@ -101,10 +101,46 @@ def _parse(line: bytes, where: str) -> Problem:
 # a step of the solution per language. {n} is a name, {i} the things that are counted, {a} and {b} are the operands, {e} is
 # the annotated expression with its result. A pattern without an operator tells something and is not a step.
 
-NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
-ITEMS = "apples books cards coins marbles pens shells stamps".split()
 PATTERNS = list(csv.DictReader(Path(__file__).with_name("patterns.csv").read_text(encoding="utf-8").splitlines()))
-LARGEST = 99  # no number is larger, so that the tiny tokenizer has a token for every number
+
+
+@dataclass(frozen=True)
+class World:
+    """The names, things and numbers of which generated problems tell. No number is above `largest`."""
+
+    names: list[str]
+    items: list[str]
+    largest: int
+    opening: dict[str, int]  # the largest first number, by the operator of the opening
+    term: int  # the largest number that is added or subtracted
+    factor: int  # the largest number that is multiplied with or divided by
+
+
+WORLDS = {
+    # Every number, every name and every thing is a single token of the tiny tokenizer.
+    "generated": World(
+        names="Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split(),
+        items="apples books cards coins marbles pens shells stamps".split(),
+        largest=99,
+        opening={"": 99, "+": 40, "*": 9},
+        term=9,
+        factor=5,
+    ),
+    # For pretrained models: numbers of up to three digits, each digit a token, and many words of several tokens.
+    "varied": World(
+        names="""Aaliyah Adaeze Agnieszka Amara Anneliese Beatrix Bronwen Chiara Consuelo Delphine Ekaterina Esperanza Fatima Freya
+        Giulia Guadalupe Hannelore Ingrid Jelena Karolina Khadija Leilani Ludmila Marguerite Nadezhda Ngozi Octavia Philippa Priyanka
+        Rosalind Saoirse Shanthi Svetlana Thandiwe Ulrike Valentina Wilhelmina Xiomara Yasmin Zuzanna""".split(),
+        items="""acorns almonds apricots balloons batteries beads blueberries bookmarks bracelets buttons candles cauliflowers chestnuts
+        chocolates cranberries cupcakes doughnuts envelopes figurines handkerchiefs jigsaws kites lanterns lollipops magnets
+        marshmallows mushrooms necklaces notebooks paintbrushes pebbles pinecones postcards pumpkins ribbons sandwiches screwdrivers
+        seashells strawberries sunflowers tangerines teaspoons thimbles trinkets umbrellas walnuts""".split(),
+        largest=199,
+        opening={"": 120, "+": 50, "*": 12},
+        term=12,
+        factor=4,
+    ),
+}
 
 
 def split_of(question: str) -> str:
@@ -112,49 +148,49 @@ def split_of(question: str) -> str:
     return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
-def generate(n: int, split: str, seed: int) -> list[Problem]:
+def generate(n: int, split: str, seed: int, world: World = WORLDS["generated"]) -> list[Problem]:
     """n generated problems of one split (see split_of). The same seed gives the same problems."""
     rng = random.Random(f"{split} {seed}")
     problems: list[Problem] = []
     while len(problems) < n:
-        problem = _draw(rng)
+        problem = _draw(rng, world)
         if split_of(problem.question) == split:
             problems.append(problem)
     return problems
 
 
-def _draw(rng: random.Random) -> Problem:
+def _draw(rng: random.Random, world: World) -> Problem:
     """One problem of two to four steps: an opening, a chain of events, and perhaps a comparison at the end.
 
     The shipped base and all results were made with exactly this sequence of calls of rng: reordering or dropping one of
     them changes every problem (tests/test_tiny.py notices).
     """
     openings, events, comparison = ([p for p in PATTERNS if p["kind"] == kind] for kind in ("opening", "event", "comparison"))
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    name, item = rng.choice(world.names), rng.choice(world.items)
     num_steps = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
     opening, ending = rng.choice(openings), comparison if rng.random() < 0.2 else []
     # An opening with an operator is a step.
     num_events = num_steps - len(ending) - (1 if opening["operator"] else 0)
     if num_events < 0:
-        return _draw(rng)
-    value = rng.randint(2, {"": LARGEST, "+": 40, "*": 9}[opening["operator"]])
+        return _draw(rng, world)
+    value = rng.randint(2, world.opening[opening["operator"]])
 
     # Follow the chain: `value` is how many there are now, `before` how many there were before the last step.
     before, clauses, lines = value, [], {language: [] for language in LANGUAGES}
     for pattern in [opening, *rng.sample(events, num_events), *ending]:
         op = pattern["operator"]
         # The second line of the comparison, which has no question, adds both amounts.
-        b = before if op and not pattern["question"] else _operand(rng, op, value)
+        b = before if op and not pattern["question"] else _operand(rng, op, value, world)
         if b is None:
             # There is no number with which this chain could go on: draw another problem.
-            return _draw(rng)
+            return _draw(rng, world)
         before, expression = value, f"{value}{op}{b}"
         clauses.append(pattern["question"].format(n=name, i=item, a=value, b=b))
         value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // max(b, 1)}[op]
         for language in LANGUAGES if op else ():
             lines[language].append(pattern[language].format(a=before, b=b, e=f"{expression}=<<{expression}={value}>>{value}"))
-    if value > LARGEST:
-        return _draw(rng)
+    if value > world.largest:
+        return _draw(rng, world)
     # What happens to one person makes one sentence; what her friend has makes another.
     own, others = clauses[: num_events + 1], clauses[num_events + 1 :]
     question = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]])) + "".join(f". {more}" for more in others if more)
@@ -162,14 +198,15 @@ def _draw(rng: random.Random) -> Problem:
     return Problem(question, {k: "\n".join([*v, f"#### {value}"]) for k, v in lines.items()}, str(value))
 
 
-def _operand(rng: random.Random, op: str, value: int) -> int | None:
-    """The second number of a step, or None if no number keeps the result a whole number from 1 to LARGEST."""
+def _operand(rng: random.Random, op: str, value: int, world: World) -> int | None:
+    """The second number of a step, or None if no number keeps the result a whole number from 1 to world.largest."""
+    terms, factors = range(2, world.term + 1), range(2, world.factor + 1)
     choices = {
         "": [0],
-        "+": [b for b in range(2, 10) if value + b <= LARGEST],
-        "-": [b for b in range(2, 10) if value - b >= 1],
-        "*": [b for b in range(2, 6) if value * b <= LARGEST],
-        "/": [b for b in range(2, 6) if value % b == 0 and value > b],
+        "+": [b for b in terms if value + b <= world.largest],
+        "-": [b for b in terms if value - b >= 1],
+        "*": [b for b in factors if value * b <= world.largest],
+        "/": [b for b in factors if value % b == 0 and value > b],
     }[op]
     return rng.choice(choices) if choices else None
 
@@ -187,8 +224,9 @@ def load_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
     """
     held_out_split = "validation" if args.validation else "test"
     n = args.updates * args.batch // args.rollouts_per_prompt
-    if args.problems == "generated":
-        return generate(n, "train", args.seed), generate(args.eval_problems, held_out_split, args.seed)
+    if args.problems in WORLDS:
+        world = WORLDS[args.problems]
+        return generate(n, "train", args.seed, world), generate(args.eval_problems, held_out_split, args.seed, world)
     train = training_problems(args)
     held_out = load_gsm8k(args.problems, "train" if args.validation else "test")
     if args.validation:
@@ -273,14 +311,16 @@ def prompts_of_pair(problems: list[Problem], args: argparse.Namespace, junior_to
     """What senior and junior are asked about each problem, in the languages of --senior-language and --junior-language.
 
     A specialist was fine-tuned on the Question/Answer format. A junior with a chat template is asked as in a chat, and so is
-    a senior that starts as the same model (Tandem RL): before training the two are then one policy. The solved examples
-    (--shots) are given only where the two languages differ.
+    a senior that starts as the same model (Tandem RL): before training the two are then one policy. A taught base
+    (lab/teach.py) is asked in the form in which it was taught, whatever its tokenizer has. The solved examples (--shots) are
+    given only where the two languages differ.
     """
     shots = args.shots if args.senior_language != args.junior_language else 0
     # Open in paper: the demonstrations. These are ours: annotated for the senior, plain for the junior.
     senior_shots = demonstrations(shots, args.senior_language, annotated=True)
     junior_shots = demonstrations(shots, args.junior_language, annotated=False)
-    ask_junior = partial(chat_prompt, junior_tokenizer) if junior_tokenizer.chat_template else prompt
+    in_chat = junior_tokenizer.chat_template and not args.teach_steps
+    ask_junior = partial(chat_prompt, junior_tokenizer) if in_chat else prompt
     ask_senior = ask_junior if args.specialist_steps == 0 and args.senior == args.junior else prompt
     for_senior = [ask_senior(problem.question, args.senior_language, senior_shots) for problem in problems]
     return for_senior, [ask_junior(problem.question, args.junior_language, junior_shots) for problem in problems]

@@ -12,6 +12,7 @@ RUNS/specialist/. The same fine-tuning loop pretrains the tiny base (lab/tiny.py
 import argparse
 import hashlib
 import random
+import time
 from pathlib import Path
 
 import torch
@@ -22,10 +23,11 @@ from reinforce import completion_logprobs, micro_batches
 from rollout import Pair, Rollouts
 
 # The flags that decide what a specialist is, besides the seed and the senior's language.
-FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "rank", "problems", "base")
+FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "bfloat16", "rank", "problems", "base")
 # Every 25th generated solution is taught without annotations, so that the specialist can still solve problems without
 # writing them. GSM8K has such solutions too: 113 of 8,792.
 PLAIN_EVERY = 25
+SECONDS_BETWEEN_DRAFTS = 60
 
 
 def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
@@ -33,7 +35,7 @@ def make_specialist(args: argparse.Namespace, pair: Pair) -> None:
     models.reset_adapter(pair.senior, args.seed)
     if args.specialist_steps == 0:
         return
-    generated = args.problems == "generated"
+    generated = args.problems in tasks.WORLDS
     language = args.senior_language if generated else "en"  # GSM8K has English solutions only
     # With --validation, a tenth of GSM8K is kept out of the specialist's training too.
     name = f"{language}-validation" if args.validation and not generated else language
@@ -55,18 +57,20 @@ def load_or_fine_tune(args: argparse.Namespace, pair: Pair, language: str, path:
 
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, lr=args.specialist_lr, seed=args.seed)
     options |= dict(micro_tokens=args.micro_tokens, label=f"specialist {path.parts[-3]} seed {args.seed}")
-    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
+    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options, draft=path.with_name("draft.pt"))
     if parallel.is_main():
         # Where there are no locks, several runs may make one specialist at the same time, each with a draft of its own.
         runs.save_tensors({"flags": flags, "adapter": models.adapter_state(pair.senior)}, path, draft_folder=runs.run_folder(args))
+        path.with_name("draft.pt").unlink(missing_ok=True)
 
 
 def annotated_solutions(args: argparse.Namespace, language: str) -> list[tuple[str, str]]:
     """The (prompt, solution) texts that a specialist learns from."""
-    generated = args.problems == "generated"
+    generated = args.problems in tasks.WORLDS
     if generated:
         # Far from the seeds of the training problems, so that the specialist does not learn their solutions by heart.
-        train = tasks.generate(args.specialist_steps * args.specialist_batch, "train", args.seed + 10**6)
+        n = args.specialist_steps * args.specialist_batch
+        train = tasks.generate(n, "train", args.seed + 10**6, tasks.WORLDS[args.problems])
     else:
         train = tasks.training_problems(args)
         random.Random(args.seed).shuffle(train)
@@ -75,23 +79,34 @@ def annotated_solutions(args: argparse.Namespace, language: str) -> list[tuple[s
 
 
 def fine_tune(
-    model, tokenizer, texts: list[tuple[str, str]], *, steps: int, batch: int, micro_tokens: int, lr: float, seed: int, label: str
+    model, tokenizer, texts: list, *, steps: int, batch: int, micro_tokens: int, lr: float, seed: int, label: str, draft: Path | None = None
 ):
     """Maximum likelihood of solutions given prompts, for whichever parameters of `model` are trainable.
 
     texts: (prompt, solution) pairs, gone through in batches of similar length, again and again. AdamW; the learning rate
-    warms up over 30 steps and falls linearly to 0 over the last 40 %.
+    warms up over 30 steps and falls linearly to 0 over the last 40 %. draft: a path at which the adapter of a PEFT model is kept
+    while it is fine-tuned, so that an interruption loses about a minute of work.
     """
     rng = random.Random(seed)
     examples = encode_examples(tokenizer, texts[: steps * batch])
     parameters = models.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     optimizer.zero_grad()
+    # A draft of the same work is continued, any other one is written over.
+    work = {"texts": hashlib.sha256(repr(texts).encode()).hexdigest(), "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    first_step, saved = load_draft(draft, work, model, optimizer), time.time()
     batches: list[list] = []
     for step in parallel.progress(range(steps), label, unit="step"):
         if not batches:
             batches = batches_of_similar_length(examples, batch, rng)
-        worked = as_rollouts(tokenizer, batches.pop(), model.device)
+        examples_of_step = batches.pop()
+        if step < first_step:
+            continue
+        if draft and parallel.is_main() and time.time() - saved > SECONDS_BETWEEN_DRAFTS:
+            state = {"adapter": models.adapter_state(model), "optimizer": optimizer.state_dict()}
+            runs.save_tensors({"step": step, "work": work} | state, draft)
+            saved = time.time()
+        worked = as_rollouts(tokenizer, examples_of_step, model.device)
         # The loss of run_gsm8k.py with weight 1 for every token.
         weights, num_tokens = worked.completion_mask.float(), worked.completion_mask.sum()
         for part, part_weights in micro_batches(worked, weights, micro_tokens)[parallel.process_index() :: parallel.world_size()]:
@@ -103,6 +118,16 @@ def fine_tune(
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
         optimizer.step()
         optimizer.zero_grad()
+
+
+def load_draft(draft: Path | None, work: dict, model, optimizer) -> int:
+    """Continue what an interrupted fine_tune has kept at `draft`, if it is the same work. Returns the step to begin with."""
+    kept = runs.read_back(draft, step=int, work=dict, adapter=dict, optimizer=dict) if draft and draft.is_file() else None
+    if not kept or kept["work"] != work:
+        return 0
+    runs.load_adapter(model, kept["adapter"], draft)
+    optimizer.load_state_dict(kept["optimizer"])
+    return kept["step"]
 
 
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

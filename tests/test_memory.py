@@ -87,7 +87,9 @@ def prompts_of_48_tokens(monkeypatch):
 
 def flags(**changes) -> argparse.Namespace:
     """The flags that fit_to_memory reads."""
-    defaults = dict(device="cpu", memory=None, four_bit=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0)
+    defaults = dict(
+        device="cpu", memory=None, four_bit=False, bfloat16=False, rank=4, checkpointing=False, eight_bit_adam=False, specialist_steps=0
+    )
     batches = dict(rollout_batch=1000, micro_tokens=2048, batch=152, eval_problems=200, jobs=1, max_new_tokens=112)
     return argparse.Namespace(**defaults | batches | changes)
 

@@ -66,20 +66,21 @@ def test_summary_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("spans", "handoffs", "inside"),
+    ("spans", "handoffs", "inside", "in_words", "in_numbers"),
     [
-        ("She sells 5: |12-5=<<12-5=7>>7.", 1, 0),  # before the expression
-        ("She sells 5: 12-|5=<<12-5=7>>7.", 1, 1),
-        ("She sells 5: 12-5=<<12-|5=|7>>|7|.", 4, 3),  # the last one is after it
-        ("48/2| = |24 clips", 2, 2),  # spaces around an operator are inside
-        ("Sie besitzt 9|-mal so| viele", 2, 0),
-        ("#### |18", 1, 0),
-        ("She has 3 |and| 4", 2, 0),
-        ("so <<1|,000*2", 1, 1),
-        ("no handoff", 0, 0),
+        ("She sells 5: |12-5=<<12-5=7>>7.", 1, 0, 0, 0),  # before the expression
+        ("She sells 5: 12-|5=<<12-5=7>>7.", 1, 1, 0, 0),
+        ("She sells 5: 12-5=<<12-5=|7>>|7|.", 3, 2, 0, 0),  # the last one is after it
+        ("48/2| = |24 clips", 2, 2, 0, 0),  # spaces around an operator are inside
+        ("Sie besi|tzt 9|-mal so| viele", 3, 0, 1, 0),
+        ("#### |1|8", 2, 0, 0, 1),
+        ("She has 3 |and| 4|th", 3, 0, 0, 0),  # between a digit and a letter it is in neither
+        ("so <<1|,000*2|5", 2, 2, 0, 1),
+        ("no handoff", 0, 0, 0, 0),
     ],
 )
-def test_handoffs_inside_expressions(spans, handoffs, inside):
+def test_handoffs_by_place(spans, handoffs, inside, in_words, in_numbers):
     cut = [("senior" if i % 2 == 0 else "junior", text) for i, text in enumerate(spans.split("|"))]
-    assert count_handoffs([cut]) == {"handoffs": handoffs, "handoffs_inside": inside}
-    assert count_handoffs([cut, [("senior", "1+1")]]) == {"handoffs": handoffs / 2, "handoffs_inside": inside / 2}
+    counts = {"handoffs": handoffs, "handoffs_inside": inside, "handoffs_in_words": in_words, "handoffs_in_numbers": in_numbers}
+    assert count_handoffs([cut]) == counts
+    assert count_handoffs([cut, [("senior", "1+1")]]) == {name: count / 2 for name, count in counts.items()}

@@ -3,23 +3,36 @@ import re
 
 import pytest
 
-from lab.problems import ANNOTATION, EXAMPLES, INSTRUCTIONS, LANGUAGES, chat_prompt, demonstrations, generate, load_gsm8k, plain, prompt
+from lab.problems import (
+    ANNOTATION,
+    EXAMPLES,
+    INSTRUCTIONS,
+    LANGUAGES,
+    WORLDS,
+    chat_prompt,
+    demonstrations,
+    generate,
+    load_gsm8k,
+    plain,
+    prompt,
+)
 from metrics import has_jargon, language_of
 from reward import reward
 
 EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")
 
 
-def test_generated_solutions_are_right():
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_generated_solutions_are_right(world):
     """Each step is recomputed; the last result is the gold; two to four steps; the same numbers in each language."""
-    for problem in generate(500, "train", 3):
+    for problem in generate(500, "train", 3, world):
         steps = [EXPRESSION.findall(problem.solutions[language]) for language in LANGUAGES]
         assert steps[0] == steps[1] == steps[2]
         assert 2 <= len(steps[0]) <= 4
         for a, op, b, *again, result, written in steps[0]:
             assert again == [a, op, b]
             exact = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op]
-            assert exact == int(result) == int(written) < 100
+            assert exact == int(result) == int(written) <= world.largest
         for solution in problem.solutions.values():
             assert solution.endswith(f"\n#### {problem.gold}")
             assert reward(solution, problem.gold) == 1.0

@@ -64,7 +64,13 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
         assert set(first) == set(expected)
         assert set(second) == {*expected, "eval", "seconds_eval"}
         assert set(second["eval"]) == {"senior", "tandem"}
-        assert set(second["eval"]["tandem"]) == {*second["eval"]["senior"], "handoffs", "handoffs_inside"}
+        assert set(second["eval"]["tandem"]) == {
+            *second["eval"]["senior"],
+            "handoffs",
+            "handoffs_inside",
+            "handoffs_in_words",
+            "handoffs_in_numbers",
+        }
         assert (first["senior_share"] == 1.0) == (arm == "solo")
         assert first["loss"] is not None
         samples = rows(folder / "samples.jsonl")

@@ -1,0 +1,105 @@
+"""The taught base: a pretrained model that has learned to solve the problems, without jargon, and that is then frozen.
+
+A small pretrained model such as SmolLM2-135M solves none of the problems when it is asked in a chat. As a junior it could
+continue nothing, so no rollout would be rewarded. With --teach-steps N the base of both models is therefore fine-tuned first,
+by a LoRA adapter on plain solutions, and merged:
+
+    --senior (a pretrained model) ── N steps on plain solutions ──> RUNS/base/<name>-taught-<checksum>/
+                                                                     junior: this base
+                                                                     senior: this base + the specialist's adapter
+
+Both models then share one copy of the weights and one forward pass. The base is made once per --out, kept as an ordinary
+checkpoint, and named by a checksum of what it was made from: the pretrained model's name, the texts and the constants.
+
+What the texts contain makes the junior weaker than the specialist, as in lab/tiny.py: a share of SKIPS leaves out the last
+step and so answers wrongly, while the specialist is fine-tuned on right solutions only. None contains <<...>>. For generated
+problems a share of GERMAN solutions makes language pairs possible. The solutions of GSM8K are taught as they are, in English.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+from lab import models, parallel, runs
+from lab import problems as tasks
+from lab.specialist import fine_tune
+from lab.tiny import SUM, checkpoint, identity
+
+SKIPS = 0.2
+GERMAN = 0.3
+BATCH, LR, RANK = 16, 1e-3, 16
+
+
+def taught_name(args: argparse.Namespace) -> str:
+    """The name of the taught base: that of the pretrained model, and a checksum of everything that it is made from."""
+    source, constants = identity(checkpoint(args.senior)), [args.teach_steps, BATCH, LR, RANK, args.bfloat16]
+    made_from = json.dumps([source, constants, plain_solutions(args)])
+    return f"{source}-taught-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
+
+
+def base_folder(args: argparse.Namespace) -> Path:
+    return Path(args.out) / "base" / args.base
+
+
+def plain_solutions(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The (prompt, solution) texts that a base is taught, the same for every seed."""
+    n, rng = args.teach_steps * BATCH, random.Random(0)
+    if args.problems not in tasks.WORLDS:
+        problems = tasks.training_problems(args)
+        rng.shuffle(problems)
+        return [(tasks.prompt(problem.question), tasks.plain(problem.solutions["en"])) for problem in problems[:n]]
+    texts = []
+    # Far from the seeds of training and of specialists.
+    for problem in tasks.generate(n, "train", 2 * 10**6, tasks.WORLDS[args.problems]):
+        language = "de" if rng.random() < GERMAN else "en"
+        solution = problem.solutions[language]
+        if rng.random() < SKIPS:
+            solution = skip_last_step(solution)
+        texts.append((tasks.prompt(problem.question, language), tasks.plain(solution)))
+    return texts
+
+
+def skip_last_step(solution: str) -> str:
+    """An annotated solution whose answer is the result of the step before the last.
+
+    >>> skip_last_step("She buys 4: 3+4=<<3+4=7>>7.\\nShe sells 5: 7-5=<<7-5=2>>2.\\n#### 2")
+    'She buys 4: 3+4=<<3+4=7>>7.\\n#### 7'
+    """
+    _, previous_result = SUM.findall(solution)[-2]
+    return "\n".join([*solution.split("\n")[:-2], f"#### {previous_result}"])
+
+
+def make_base(args: argparse.Namespace) -> None:
+    """Make the base of a run unless it is there. Several processes may need the same one: the first makes it, the others wait."""
+    folder = base_folder(args)
+    with runs.one_at_a_time(folder.parent):
+        if parallel.is_main() and not folder.is_dir():
+            teach(args, folder)
+        parallel.barrier()
+
+
+def teach(args: argparse.Namespace, folder: Path) -> None:
+    """Fine-tune an adapter on plain solutions, merge it into the pretrained model, and save the result as a checkpoint."""
+    started, texts, name = time.time(), plain_solutions(args), checkpoint(args.senior)
+    tokenizer, _ = models.load_tokenizers(name, name)
+    # Never in 4 bits, in which an adapter cannot be merged exactly.
+    model = models.add_adapter(models.load_model(name, False, args.device, args.bfloat16), RANK)
+    models.reset_adapter(model, seed=0)
+    options = dict(steps=args.teach_steps, batch=BATCH, micro_tokens=args.micro_tokens, lr=LR, seed=0, label="teaching the base")
+    draft = folder.with_name(f"{folder.name}.pt")
+    fine_tune(model, tokenizer, texts, **options, draft=draft)
+    # A folder that is complete or not there: it gets its name last.
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with runs.writing(unfinished):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.merge_and_unload().save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        note = {"steps": args.teach_steps, "minutes": round((time.time() - started) / 60, 1), **runs.describe_machine(args.device)}
+        (unfinished / "taught.json").write_text(json.dumps(note, indent=2) + "\n")
+        os.replace(unfinished, folder)
+        draft.unlink(missing_ok=True)
