@@ -375,6 +375,23 @@ def draw_handoffs(ax: Axes, runs: Runs, solo: set[str]) -> None:
     ax.legend(loc="upper right")
 
 
+# The numbers of metrics.count_handoffs, and what the table calls them.
+HANDOFFS = {"handoffs": "handoffs", "handoffs_inside": "inside an expression", "handoffs_in_words": "inside a word"}
+HANDOFFS |= {"handoffs_in_numbers": "inside a number"}
+
+
+def table_of_handoffs(folder: Path, runs: Runs) -> str:
+    """A Markdown table with a row per arm: handoffs per joint rollout before training, and where they are.
+
+    Runs that were made before words and numbers were told apart have no numbers in the last columns.
+    """
+    rows = []
+    for arm, seeds in runs.items():
+        counts = [[of_seed[0]["eval"]["tandem"].get(name) for of_seed in seeds] for name in HANDOFFS]
+        rows.append([arm, *("–" if None in values else f"{sum(values) / len(values):.1f}" for values in counts)])
+    return markdown_table(["arm, together before training", *HANDOFFS.values()], rows)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Control
 
@@ -590,6 +607,7 @@ FIGURES: dict[str, list[Callable[[Path, Runs], Path | None]]] = {
 }
 # What is printed after the table of a setting.
 TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
+    "granularity": [table_of_handoffs],
     "pressure": [table_of_doses],
     "rlvr": [table_of_measures, table_of_differences],
 }

@@ -78,7 +78,8 @@ def make_base(args: argparse.Namespace) -> None:
     """Make the base of a run unless it is there. Several processes may need the same one: the first makes it, the others wait."""
     folder = base_folder(args)
     with runs.one_at_a_time(folder.parent):
-        if parallel.is_main() and not folder.is_dir():
+        # All processes of torchrun teach together, so all of them go by what the first one sees once it has the lock.
+        if not parallel.gather(folder.is_dir())[0]:
             teach(args, folder)
         parallel.barrier()
 
@@ -93,6 +94,8 @@ def teach(args: argparse.Namespace, folder: Path) -> None:
     options = dict(steps=args.teach_steps, batch=BATCH, micro_tokens=args.micro_tokens, lr=LR, seed=0, label="teaching the base")
     draft = folder.with_name(f"{folder.name}.pt")
     fine_tune(model, tokenizer, texts, **options, draft=draft)
+    if not parallel.is_main():
+        return
     # A folder that is complete or not there: it gets its name last.
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     with runs.writing(unfinished):

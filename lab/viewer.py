@@ -115,6 +115,10 @@ def describe_training(flags: dict) -> str:
         about = "In this run, a control, the senior was trained on solutions that it wrote alone. It met the junior in evaluations only."
     if flags.get("rewards") == "shuffled":
         about += " As a control, the rewards were shuffled among the solutions."
+    if "junior_weight" in flags:
+        learns = {0: "only from the words that it wrote itself", 1: "from the junior's words too"}
+        learns = learns.get(flags["junior_weight"], "from the junior's words too, with the weight {junior_weight:g}")
+        about += f" The update is {flags.get('algorithm', 'reinforce').upper()}, and the senior learns {learns.format(**flags)}."
     about += " The coin is tossed by the schedule “{handoff}” and names the senior with probability {p:g}.".format(**flags)
     if flags["senior_language"] != flags["junior_language"]:
         about += " The senior is asked to answer in “{senior_language}”, the junior in “{junior_language}”.".format(**flags)

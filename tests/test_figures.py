@@ -289,8 +289,22 @@ def test_all_settings_are_drawn(tmp_path, capsys, monkeypatch):
     assert "| test-c-0.5-j1 | 1 | 4 |" in printed
     assert "stray is in no setting" in printed
     # The further tables stand below that of their setting, each after an empty line.
-    assert printed.count("\n\n| ") == 3
+    assert printed.count("\n\n| ") == 4
     assert all(f"\n\n| {heading} | " in printed for heading in ("annotated", "arm | seeds | solo", "difference"))
+    assert "\n\n| arm, together before training | handoffs | inside an expression | " in printed
+    # The rows of this test are as old ones are: words and numbers are not told apart.
+    assert "| token | 8.0 | 2.0 | – | – |" in printed
+
+
+def test_handoffs_by_place_are_means_over_seeds(tmp_path):
+    for seed, counts in enumerate(([8.0, 2.0, 1.0, 0.5], [9.0, 3.0, 2.0, 0.0])):
+        write_seed(tmp_path / "word" / f"seed-{seed}", (1, 1, 0.5), (1, 0, 0.75))
+        path = tmp_path / "word" / f"seed-{seed}" / "metrics.jsonl"
+        first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+        first["eval"]["tandem"] |= dict(zip(figures.HANDOFFS, counts))
+        path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)))
+    table = figures.table_of_handoffs(tmp_path, curves.read_runs(tmp_path, ["word"]))
+    assert table.splitlines()[-1] == "| word | 8.5 | 2.5 | 1.5 | 0.2 |"
 
 
 def test_the_sweep_says_what_became_of_each_cell(tmp_path, drawn):

@@ -362,8 +362,11 @@ def test_chunks_are_cut_to_the_memory(command, tmp_path, capsys):
 
 
 def test_two_processes_make_the_update_of_one(command, tmp_path):
-    """torchrun with two processes on the CPU: the same rows, the same adapter. c = -0.5, so that wrong rollouts teach."""
-    flags = [*command, "--arms", "tandem", "--wrong-weight", "-0.5", "--micro-tokens", "100"]
+    """torchrun with two processes on the CPU: the same rows, the same adapter, also on a base that they teach together.
+
+    c = -0.5, so that wrong rollouts teach.
+    """
+    flags = [*command, "--arms", "tandem", "--wrong-weight", "-0.5", "--micro-tokens", "100", "--teach-steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     runs = {}
     for n in (1, 2):
@@ -401,6 +404,7 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--lr much", "--lr: invalid float value: 'much'"),
         ("--memory 0", "--memory: 0: must"),
         ("--specialist-steps -1", "--specialist-steps: -1: must"),
+        ("--teach-steps -1", "--teach-steps: -1: must"),
         ("--arms tandm", "--arms tandm: not in --setting skill, whose arms are tandem, solo"),
         ("--shots 9", "--shots: 9: must be a finite number of at least 0 and at most 3"),
         ("--senior-language es", "invalid choice: 'es'"),
