@@ -115,7 +115,7 @@ def describe_training(flags: dict) -> str:
         about = "In this run, a control, the senior was trained on solutions that it wrote alone. It met the junior in evaluations only."
     if flags.get("rewards") == "shuffled":
         about += " As a control, the rewards were shuffled among the solutions."
-    if "junior_weight" in flags:
+    if "junior_weight" in flags and not flags["solo"]:
         learns = {0: "only from the words that it wrote itself", 1: "from the junior's words too"}
         learns = learns.get(flags["junior_weight"], "from the junior's words too, with the weight {junior_weight:g}")
         about += f" The update is {flags.get('algorithm', 'reinforce').upper()}, and the senior learns {learns.format(**flags)}."

@@ -122,6 +122,21 @@ def test_a_control_is_called_one():
     assert all(part in about for part in ("wrote alone", "shuffled", "“token”", "probability 0.25", "“de”", "“fr”"))
 
 
+@pytest.mark.parametrize(
+    ("junior_weight", "learns"),
+    [
+        (0.0, "only from the words that it wrote itself."),
+        (1.0, "from the junior's words too."),
+        (0.3, "from the junior's words too, with the weight 0.3."),
+    ],
+)
+def test_the_page_says_what_the_senior_learns_from(junior_weight, learns):
+    flags = {"solo": False, "handoff": "word", "p": 0.5, "senior_language": "en", "junior_language": "en"}
+    about = viewer.describe_training(flags | {"algorithm": "grpo", "junior_weight": junior_weight})
+    assert f"The update is GRPO, and the senior learns {learns}" in about
+    assert "learns" not in viewer.describe_training(flags | {"solo": True, "junior_weight": 1.0})
+
+
 def test_the_problem_with_jargon_comes_first(tmp_path):
     """Of two problems, the one whose joint rollout had jargon before training, although it is the second one in the file."""
     write_run(tmp_path / "tandem" / "seed-0")
