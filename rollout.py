@@ -308,6 +308,9 @@ class CachedDecoder:
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
         # The position of the next token. Padding does not count; otherwise a row would depend on the longest prompt.
         self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1)
+        # Only the logits at the last position are needed. If logits_to_keep were the number 1, the models would take a slice that
+        # is not contiguous, and PyTorch would then copy the output layer once per row.
+        self.last_position = torch.tensor([-1], device=prompt_ids.device)
         # Prefill: the whole prompts in one pass. (The positions of padding, -1 before the clamp, are masked.)
         self._forward(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
 
@@ -324,7 +327,7 @@ class CachedDecoder:
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=self.last_position,
         )
         self.logits = out.logits[:, -1].chunk(self.num_roles)  # (B, V) per role
 

@@ -10,8 +10,9 @@
     python run_gsm8k.py --setting all --seeds 3         # everything, as in results/tiny; continue with --resume
 
 Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the first paper's pair, two
-Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. One update, as `train` does it below
-(B rollouts, C tokens per completion; x are the prompts, y_t is token t):
+Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. --preset smol has a pretrained model of 135
+million parameters, for a laptop and some hours. One update, as `train` does it below (B rollouts, C tokens per completion; x
+are the prompts, y_t is token t):
 
     problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin        rollout.py, tandem.py
              └ x_junior ─ junior ┘ names the active model; its proposal is written
