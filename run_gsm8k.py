@@ -136,7 +136,7 @@ PRESETS = {
     "tiny": {},
     # A real pretrained model of 135 million parameters, taught to solve generated problems.
     "smol": dict(senior=SMOL, junior=SMOL, problems="varied", teach_steps=100, specialist_steps=120, specialist_batch=16)
-    | dict(specialist_lr=1e-3, lr=3e-4, max_new_tokens=128, batch=32, rollout_batch=64, micro_tokens=1024)
+    | dict(specialist_lr=1e-3, lr=3e-4, max_new_tokens=128, batch=32, rollout_batch=128, micro_tokens=1024)
     | dict(updates=24, eval_every=8, eval_problems=100),
     # The paper's models, on GSM8K, on one GPU.
     "paper": dict(senior="neuralmagic/Llama-2-7b-gsm8k", junior="NousResearch/Llama-2-7b-chat-hf", problems="openai/gsm8k")
