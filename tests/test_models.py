@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
-from lab.models import SharedJunior, encode_prompts, load_pair, load_tokenizers, reset_adapter
+from lab.models import SharedJunior, encode_prompts, load_pair, load_tokenizers, reset_adapter, trainable_parameters
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import plain_loss
 from rollout import random_numbers, rollout
@@ -106,6 +106,21 @@ def test_checkpointing_changes_no_gradient(base_folder, four_bit):
         gradients.append(torch.cat([p.grad.flatten() for p in pair.senior.parameters() if p.requires_grad]))
     assert torch.allclose(*gradients, atol=1e-6)
     assert gradients[0].norm() > 1e-3
+
+
+def test_bfloat16_weights_under_a_float32_adapter(base_folder):
+    """The base in half precision, the adapter not; gradients are those of a float32 base up to rounding."""
+    gradients = []
+    for bfloat16 in (True, False):
+        pair = load_pair(base_folder, base_folder, rank=4, four_bit=False, device="cpu", bfloat16=bfloat16)
+        assert pair.senior.get_base_model().get_output_embeddings().weight.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+        assert {parameter.dtype for parameter in trainable_parameters(pair.senior)} == {torch.float32}
+        reset_adapter(pair.senior, seed=0)
+        move_adapter(pair)
+        few = as_rollouts(pair.senior_tokenizer, [([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
+        plain_loss(pair.senior, few, few.completion_mask.float(), 0.7).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(pair.senior)]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_gradients_in_four_bits(base_folder):
