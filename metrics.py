@@ -4,7 +4,7 @@
     jargon       share of solutions with "<<" or ">>". The paper counts calculator annotations (West et al., 2025); half an
                  annotation counts here too, because a handoff can cut one in two
     languages    share of solutions by their most likely language, among the languages passed in (library py3langid)
-    tokens       in an evaluation, the mean length of a completion; in a training batch, the number of tokens of all
+    tokens       in an evaluation, the mean length of a completion; in a training batch, the total number of tokens
     handoffs     changes of author per rollout, and how many of them fall inside an expression such as 48/2=<<48/2=24>>24.
                  Training batches also count a change before the end token, which has no text
 
@@ -97,10 +97,10 @@ EXPRESSION = re.compile(rf"(?:<<)?{OPERAND}(?:\s?[-+*/×÷=<>]+\s?{OPERAND})+(?:
 def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict:
     """Mean number of handoffs per rollout: all of them, and those inside an expression, inside a word and inside a number.
 
-    Each rollout is a list of (author, text) spans, as returned by Rollouts.author_spans. Handoffs inside an expression are
-    where the paper sees the pressure against jargon: the junior has to finish arithmetic in a notation that it was never
-    taught. A handoff is inside a word or a number if the characters on both sides of it are letters or digits. A number in
-    an expression counts for both.
+    Each rollout is a list of (author, text) spans, as returned by Rollouts.author_spans. According to the paper, the
+    pressure against jargon comes from handoffs inside an expression: the junior has to finish arithmetic in a notation that
+    it was never taught. A handoff is inside a word if the characters on both sides of it are letters, and inside a number
+    if they are digits. A handoff inside a number of an expression counts as both.
 
     >>> count_handoffs([[("senior", "She has 48/"), ("junior", "2=24"), ("senior", " cl"), ("junior", "ips")]])
     {'handoffs': 3.0, 'handoffs_inside': 1.0, 'handoffs_in_words': 1.0, 'handoffs_in_numbers': 0.0}
@@ -165,7 +165,7 @@ def distance_from_junior(
         return logprobs.gather(2, ids[:, :, None])[:, :, 0]  # (B, C)
 
     # Open in paper: how the distance from the junior was measured.
-    # The logits were the log-probabilities up to a constant, so these can be divided by the temperature in their place.
+    # Log-probabilities are logits up to a constant, so dividing them by the temperature gives the same distribution.
     s, j = ((logprobs / temperature).log_softmax(-1) for logprobs in (senior, junior))  # (B, C, V) each
     per_token = {
         "legibility": -of_written(junior),
@@ -201,12 +201,12 @@ def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], flo
     resample, S seeds are drawn with replacement, and N problems of each of them. `statistic` maps the means of the K measures,
     (K,), to a number; the default suits K = 1. The interval runs from the 2.5 % to the 97.5 % quantile of these numbers.
 
-    The measures of a problem are drawn together. With two arms as two measures, and the difference of their means as
-    `statistic`, the arms are compared problem by problem.
+    The measures of a problem are drawn together. To compare two arms problem by problem, pass them as K = 2 measures, with the
+    difference of their means as `statistic`.
 
     Deterministic. With few seeds its coverage is not exactly 95 %: where seeds differ much it is too narrow, and where they
-    hardly differ too wide, because the sampling of problems enters twice (with three seeds by a factor of up to 0.8 and 1.3).
-    seed_interval does not have this fault. Raises ValueError without seeds, problems or measures.
+    hardly differ too wide, because the sampling of problems enters twice (with three seeds, it can be 0.8 or 1.3 times as wide
+    as it should). seed_interval does not have this fault. Raises ValueError without seeds, problems or measures.
 
     >>> bootstrap_interval(np.ones((3, 4, 1)))
     (1.0, 1.0)

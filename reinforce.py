@@ -1,7 +1,7 @@
 """The update of the senior, on text that two models wrote: REINFORCE and, from Tandem RL, GRPO.
 
-REINFORCE. For a rollout y with reward r, each update follows the gradient of (West et al., 2025; c and j are from their
-Appendix E)
+REINFORCE. For a rollout y with reward r, each update follows the gradient of (1), from West et al. (2025; c and j are from
+their Appendix E):
 
     J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                                    (1)
     w(y) = r + c * (1 - r)               1 for a right rollout, c for a wrong one                      (2)
@@ -34,19 +34,19 @@ junior (one of the controls of Tandem RL), beta * k3_t is subtracted from (5) fo
     log pi_senior   logprobs (B, C)     with a gradient
     log pi_old      old_logprobs (B, C) without
     G               group_size          rollouts per problem
-    e               clip_ratio          the ratio is clipped to 1 - e to 1 + e
+    e               clip_ratio          the ratio is clipped to [1 - e, 1 + e]
     beta            args.kl             the weight of the divergence from the junior
 
-Worked example of (1) with c = -0.4 and j = 0.3. A right rollout written by senior, junior, senior has the weights 1, 0.3,
-1. A wrong one written by junior, senior has -0.4 * 0.3 = -0.12 and -0.4. Of (4): if one of 8 rollouts is right, its
-advantage is 2.47 and that of the others is -0.35.
+Worked example of (1) with c = -0.4 and j = 0.3. A right rollout of three tokens, by senior, junior and senior, has the
+weights 1, 0.3 and 1. A wrong one of two, by junior and senior, has -0.4 * 0.3 = -0.12 and -0.4. Of (4): if one of 8
+rollouts is right, its advantage is 2.47 and that of the others is -0.35.
 
 What this optimises. With j = 0, and under a schedule whose coins depend only on text already written (`token`, `redraw`),
-the gradient of (1) equals 1 - c times the gradient of the expected reward of the team. Indeed w = r + c - c * r = (1 - c) *
-(r - b) with b = -c / (1 - c), so a negative c acts as a constant baseline b. Under `word` this holds only approximately,
-because discarded samples are missing from the sum (see tandem.py). With j > 0 (the paper's main runs have j = 1), (1) is
-not a policy gradient: the senior is also trained to imitate what the junior wrote in right rollouts, and with c < 0 to
-avoid what it wrote in wrong ones.
+the gradient of (1) equals 1 - c times the gradient of the expected reward of the team. To see this, write
+w = r + c - c * r = (1 - c) * (r - b) with b = -c / (1 - c): a negative c acts as a constant baseline b. Under `word` this
+holds only approximately, because discarded samples are missing from the sum (see tandem.py). With j > 0 (in the paper's
+main runs j = 1), (1) is not a policy gradient: the senior is also trained to imitate what the junior wrote in right
+rollouts, and with c < 0 to avoid what it wrote in wrong ones.
 
 The loss is minus (1) or (5) divided by the number of completion tokens in the batch, so long texts weigh more than short
 ones, and the estimate is slightly biased, since the number of tokens depends on the rollouts. Its value is no measure of
@@ -76,7 +76,7 @@ def outcome_weights(rewards: torch.Tensor, wrong_weight: float) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """GRPO: A of equation (4) for every rollout, (B,). Every `group_size` neighbours are rollouts of the same problem.
 
-    If all rewards of a group are equal, nothing in it is to be preferred, and its advantages are 0. Raises ValueError
+    If all rewards of a group are equal, there is nothing to prefer, and its advantages are 0. Raises ValueError
     for a group of one, whose advantage could only be 0, or if B is no multiple of the group.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]), group_size=8)[:2]
@@ -120,7 +120,7 @@ def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weight
 def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """k3 of equation (6) for every token of the mask, (B, C), and 0 elsewhere. It is not negative, up to rounding.
 
-    Averaged over tokens that this senior sampled, its value is KL(senior || junior) (Schulman, 2020, "Approximating KL
+    For tokens that this senior sampled, its expected value is KL(senior || junior) (Schulman, 2020, "Approximating KL
     Divergence"). Its gradient, with the tokens held fixed, averages to that of KL(junior || senior), which has the same
     minimum.
     """
@@ -170,7 +170,7 @@ LOGITS_AT_ONCE = 2**24  # logits per chunk: 64 MB per copy in float32
 def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature: (B, C), zero at padding, differentiable."""
     ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
-    # Under LoRA the causal language model is inside a PeftModel. The base_model of the former is all but the output layer.
+    # Under LoRA the causal language model is inside a PeftModel. Its base_model is everything but the output layer.
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Log-probabilities were already recorded during sampling, but without a gradient, so the senior reads the text again.
     hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]
@@ -237,8 +237,8 @@ def micro_batches(
 
     Returns (rollouts, weights) per part. Rollouts whose weights are all zero (the wrong ones if c = 0) contribute no
     gradient and are left out, so the list is empty if there is nothing to learn from. They still count in the denominator
-    of the loss, which is therefore taken from the whole batch, before this split. keep_all keeps
-    them: the divergence from the junior is a term of the loss to which every rollout contributes.
+    of the loss, which is therefore taken from the whole batch, before this split. Set keep_all if the loss has a term to
+    which these rollouts contribute too: the divergence from the junior.
     """
     rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0]
     # Sorted, because parts of similar length waste less on padding.

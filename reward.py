@@ -9,19 +9,19 @@ rollout then tends to earn nothing.
     "Of her 48 she has 24 left."                      final number "24", the last one, because there is no "####"
 
 Every reference solution of GSM8K ends with "####" and the answer, such as "#### 72", and models trained on it do the
-same. After the mark the answer comes first, perhaps with a unit or a remark behind it. Without the mark, as from a chat
+same. After the mark the answer comes first, perhaps followed by a unit or a remark. Without the mark, as from a chat
 model, intermediate results come first and the answer last.
 
 Numbers are read by their shape, since a junior may write in another language than the reference: 1,500.50 in English,
-1.500,50 in German and 1 500,50 in French (with a no-break space, or after "####" with an ordinary one) are the same number.
-One to three digits, followed by groups of exactly three, are read as thousands. Otherwise what follows a single separator is
-the decimal part. Some numbers stay ambiguous: "2.125" is read as 2125, in English too, and a lone "1,2" as 1.2, although it
-may be a list of two items. The reference is read by the same rules, so identical strings always compare as equal; only a
-value that is written in two ways can be misjudged.
+1.500,50 in German and 1 500,50 in French (the space must be a no-break space, except after "####") are the same number. One
+to three digits that do not start with 0, followed by groups of exactly three, are read as thousands. Otherwise what follows
+a single separator is the decimal part. Some numbers stay ambiguous: "2.125" is read as 2125, in English too, and a lone
+"1,2" as 1.2, although it may be a list of two items. The reference is read by the same rules, so identical strings always
+compare as equal; only a value that is written in two ways can be misjudged.
 
 The verifier does not understand units, fractions such as "1/2" (which it reads as two numbers), scientific notation or
-numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks a choice on which the
-sources that we could read about the paper say nothing.
+numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks a choice that our sources
+on the paper leave open.
 """
 
 import re
@@ -31,6 +31,7 @@ from collections import deque
 # digits; each alternative scans a run of digits at most once, so matching takes linear time.
 NUMBER = re.compile(
     # A minus (ASCII or typographic) directly after a digit, a closing bracket or a point is a subtraction or range, not a sign.
+    # It may also follow the currency sign: $-5.
     r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?("
     # Groups of three digits between equal separators (comma, point, no-break space), then perhaps the other decimal mark.
     r"[0-9]{1,3}([.,\u00a0\u202f])[0-9]{3}(?:\4[0-9]{3})*(?![0-9])(?:(?!\4)[.,][0-9]+)?"
@@ -68,8 +69,9 @@ def _normal_form(match: re.Match) -> str:
     whole, separator, fraction = re.fullmatch(r"(.*?)(?:([^0-9])([0-9]+))?", body).groups()
     # A single separator marks thousands if one to three digits, not starting with 0, precede it and exactly three follow. A
     # repeated one always does. Anything else is a decimal mark: 0.125, 3,5 or the second kind of mark in 1.500,50.
-    thousands = separator and (separator in whole or (whole.isdigit() and whole[0] != "0" and len(whole) <= 3 and len(fraction) == 3))
-    if thousands or (separator and separator not in ".,"):
+    repeated = separator and separator in whole
+    one_group = separator and whole.isdigit() and whole[0] != "0" and len(whole) <= 3 and len(fraction) == 3
+    if repeated or one_group or (separator and separator not in ".,"):
         whole, fraction = whole + fraction, ""
     whole = re.sub("[^0-9]", "", whole).lstrip("0") or "0"
     fraction = (fraction or "").rstrip("0")

@@ -17,7 +17,7 @@ The file begins with the algorithm for a single rollout, without a cache and wit
 batch: preallocated key-value caches, finished rows that leave the batch, and one forward pass for both models where the
 junior is the senior's own base. A test checks that the two agree, token by token.
 
-All random numbers are drawn in advance: for sampling one per row, step and model, and for the coins one per row and step.
+All random numbers are drawn in advance: one per row, step and model for sampling, and one per row and step for the coins.
 So, up to rounding, a row's text does not depend on which other rows are in the batch, and the senior samples with the same
 numbers in its solo rollouts (p = 1) and in joint ones (p < 1). There is no top-k or top-p sampling here, because the loss computes
 log-probabilities under the full softmax.
@@ -61,7 +61,7 @@ class Step(NamedTuple):
     author: str
     # What the token adds to the text: nothing if it is the end token, or if a character is still incomplete after it.
     text: str
-    # The two candidates, of which the author's was written. Bytes that are no text by themselves are spelled out, as in \xc3.
+    # The two candidates, of which the author's was written. Bytes that are not valid text on their own are escaped, as \xc3.
     senior: str
     junior: str
     # Whether a coin was tossed before the token. If so, it named the author.
@@ -77,7 +77,7 @@ class Rollouts:
     # The senior's prompts and the junior's, padded on the left.
     prompt_ids: torch.Tensor  # (B, P)
     prompt_mask: torch.Tensor  # (B, P)
-    junior_prompt_ids: torch.Tensor  # (B, P'), with another P'
+    junior_prompt_ids: torch.Tensor  # (B, P'); P' may differ from P
     junior_prompt_mask: torch.Tensor  # (B, P')
     completion_ids: torch.Tensor  # (B, C), the end token included, padded on the right
     completion_mask: torch.Tensor  # (B, C)
@@ -129,7 +129,7 @@ class Rollouts:
         columns = (self.completion_ids, self.senior_mask, self.discarded_ids, self.toss_mask, self.logprobs.exp())
         real = self.completion_mask[row].bool()
         tokens = list(zip(*(column[row][real].tolist() for column in columns)))
-        # A character may consist of several tokens. The decoder holds its bytes back until the last of them has come.
+        # A character may consist of several tokens. The decoder holds its bytes back until the last of them has arrived.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         steps = []
         for t, (written, by_senior, discarded, tossed, probability) in enumerate(tokens, 1):
@@ -241,9 +241,9 @@ def rollout(
         ids, by_senior = handoff.choose(senior_ids, junior_ids)
         # 3. Tokens and authors are recorded. A finished row goes on sampling until it is dropped; its tokens are masked here.
         buffer.append(t, ids, by_senior, senior_logprobs if SENIOR in roles else None)
-        # So is what only readers of a rollout need: the other candidate, and whether the token is the first since a toss.
+        # Also recorded, for readers only: the other candidate, and whether the token is the first since a toss.
         buffer.append_trace(t, torch.where(by_senior, junior_ids, senior_ids), handoff.since_toss == 1)
-        # 4. Every few steps, finished rows are dropped from the batch, if there are enough of them.
+        # 4. Every few steps, finished rows are dropped from the batch, if there are enough of them (see RolloutBuffer).
         index = buffer.rows_to_keep(t)
         if index is not None:
             if len(index) == 0:
@@ -306,7 +306,7 @@ class CachedDecoder:
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + max_new_tokens))
         # Only prompts contain padding, so the mask is 1 at all later positions. What a finished row reads does not matter.
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
-        # The position of the next token. Padding does not count; otherwise a row would depend on the longest prompt.
+        # The position of the next token. Padding does not count; otherwise a row would depend on the longest prompt of the batch.
         self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1)
         # Only the logits at the last position are needed. If logits_to_keep were the number 1, the models would take a slice that
         # is not contiguous, and PyTorch would then copy the output layer once per row.
@@ -362,7 +362,7 @@ class RolloutBuffer:
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # (b,)
 
     def note_broken(self, t: int, roles: list[int], samples: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Note the first step at which a model's logits were not finite; `finish` raises. Looking now would cost a wait per step."""
+        """Note the first step at which a model's logits were not finite; `finish` raises. Checking here would cost a wait per step."""
         for role, (_, logprobs) in zip(roles, samples):
             # A single NaN or +inf among the logits makes the log-probabilities of its whole row NaN.
             broken = logprobs[:, 0].isnan().any() & (self.first_broken[role] > t)

@@ -11,8 +11,9 @@
 
 Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the first paper's pair, two
 Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. --preset smol has a pretrained model of 135
-million parameters, for a laptop and some hours. One update, as `train` does it below (B rollouts, C tokens per completion; x
-are the prompts, y_t is token t):
+million parameters, for a laptop and some hours.
+
+One update (`train` below), with B rollouts of C tokens; x are the prompts, y_t is token t:
 
     problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin        rollout.py, tandem.py
              └ x_junior ─ junior ┘ names the active model; its proposal is written
@@ -35,7 +36,7 @@ What the paper leaves open is marked `# Open in paper:` where it is decided, and
 A *setting* is a list of arms, and an *arm* is a set of flags. For each seed, all arms with the same senior language start
 from the same *specialist*: the senior after fine-tuning on annotated solutions (<<48/2=24>>). The junior gets no such
 fine-tuning. (The first paper's senior is a specialist already. The arms of Tandem RL have none: there the senior starts as
-a copy of its junior.) What a run leaves on disk is described in lab/runs.py.
+a copy of its junior.) A run writes to OUT/<arm>/seed-<k>/; lab/runs.py says what.
 """
 
 # ruff: noqa: I001  `lab` comes first: it sets an environment variable that torch reads when it is imported
@@ -76,12 +77,12 @@ def in_languages(pair: str) -> dict:
     return {"senior_language": senior, "junior_language": junior}
 
 
-# What several arms have in common: a longer training, GRPO, and the conditions of Tandem RL.
+# What several arms have in common: longer training, GRPO, and the conditions of Tandem RL.
 LONG = {"updates": 80, "eval_every": 8}
 GRPO = LONG | {"algorithm": "grpo"}
 RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True, "specialist_steps": 0, "handoff": "redraw"}
 
-# Every arm, with the flags in which it differs from the command line. Settings may share an arm; its runs are then made and
+# Every arm, with the flags that override the command line. Settings may share an arm; its runs are then made and
 # stored once.
 ARMS: dict[str, dict] = {
     "tandem": {},
@@ -99,7 +100,7 @@ ARMS: dict[str, dict] = {
     "senior-only": {"junior_weight": 0.0},
     "de-fr-shuffled": in_languages("de-fr") | {"rewards": "shuffled"},
     "de-fr-senior-only": in_languages("de-fr") | {"junior_weight": 0.0},
-    # Appendix E. The best cell is chosen on validation problems and then confirmed on test problems, see confirm_sweep.
+    # Appendix E. The best cell, a pair (c, j), is chosen on validation problems and then confirmed on test problems, see confirm_sweep.
     **{f"c{c:g}-j{j:g}": {"wrong_weight": c, "junior_weight": j, "validation": True} for c in SWEEP_C for j in SWEEP_J},
     # Pressure by the reward alone: GRPO does not score the junior's tokens (j = 0). REINFORCE is run as long for comparison.
     "grpo-tandem": GRPO,
@@ -254,10 +255,10 @@ def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argpa
     # Changing the language takes longer than dropping the jargon.
     updates = 28 if run.senior_language == run.junior_language else 40
     for flag, default in {"updates": updates, "eval_every": 4, "eval_problems": 200}.items():
-        # Of these, an arm only has defaults of its own, which the command line or a preset replaces.
+        # Of these three, an arm sets only a default; the command line or a preset overrides it.
         given = getattr(args, flag)
         setattr(run, flag, of_arm.get(flag, default) if given is None else given)
-    # A larger group has the same number of problems per batch.
+    # The batch grows with the group, so that it holds the same number of problems.
     run.batch *= of_arm.get("batch_factor", 1)
     if run.rollouts_per_prompt is None:
         run.rollouts_per_prompt = 8 if run.algorithm == "grpo" else 2
@@ -324,7 +325,7 @@ def train(args: argparse.Namespace, pair: Pair) -> None:
         for _ in range(args.inner_steps if parts else 0):
             loss = 0.0
             for i, (part, part_weights) in enumerate(parts[parallel.process_index() :: parallel.world_size()]):  # of this process
-                # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts with a weight other than 0.
+                # 5. Loss: minus equation (1) or (5), as a sum over micro-batches of the rollouts whose weight is not 0 (--kl: of all).
                 logprobs = completion_logprobs(senior, part, args.temperature)  # (b, C), log pi_senior(y_t | x_senior, y_<t)
                 objective = part_weights * logprobs  # (b, C)
                 if grpo:
@@ -355,7 +356,7 @@ def generate(
     schedule: another one than --handoff. alternate: senior and junior take turns, the senior first, instead of tossing coins.
 
     Seeds are seed * 10**6 + update in training, and 10**9 + seed and more in evaluations, so that the batches of a run never
-    share their random numbers with each other or with its evaluations. (--seed is at most 499, so that the former stay below.)
+    share their random numbers with each other or with its evaluations. (Seeds are at most 999, so that the former stay below.)
     """
     # Random numbers belong to rows of the whole batch, so the rollouts do not depend on the number of processes.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
@@ -486,7 +487,7 @@ def train_in_own_process(args: argparse.Namespace) -> None:
 def confirm_sweep(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The best cell of the sweep and the paper's main one (c = 0, j = 1), on test problems and with seeds that the sweep did not use."""
     best = figures.best_cell(Path(args.out))
-    # The best cell may be the main setting. There is none if every run diverged.
+    # The best cell may be the main one. There is none if every run diverged.
     cells = dict.fromkeys([(0.0, 1.0), best]) if best else {}
     return [
         flags_of_run(args, f"test-c{c:g}-j{j:g}", seed, wrong_weight=c, junior_weight=j)

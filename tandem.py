@@ -7,7 +7,7 @@ probability p, else the junior. The model that is now active contributes its own
 A trace with p = 0.5, token by token:
 
     active    senior's   junior's   does the active      coin     written    author
-    before    sample     sample     sample open a word?
+    before    candidate  candidate  one open a word?
     -         "Tom"      "He"       yes (first token)    senior   "Tom"      senior
     senior    "my"       " has"     no                   -        "my"       senior
     senior    " sells"   " has"     yes                  junior   " has"     junior    (" sells" is discarded)
@@ -23,12 +23,12 @@ There are five schedules, which differ in when the coin is tossed:
     paragraph   before a token that begins a line (a GSM8K solution has one paragraph per line)
     redraw      after a token that begins with a space, or 32 tokens after the last toss (Jiao et al., Tandem RL, 2026)
 
-In the third row of the trace the senior was active, and its own sample " sells" caused the toss, but is not part of the
+In the third row of the trace the senior was active, and its own candidate " sells" caused the toss, but is not part of the
 text. (The token that is written after a toss need not open a word itself: had the junior sampled "s" in the third row, the
-text would be "Tommys".) How often the senior proposes a token that opens a word depends on its weights and influences the
-text, but the log-probability of a discarded proposal is not in a loss over written tokens. Therefore the policy gradient is
-only approximate under `word`, `sentence` and `paragraph`.
-Under `token` and `redraw` the tosses depend only on text that is already written, and the gradient is exact.
+text would be "Tommys".) How often the senior's candidate opens a word depends on its weights and influences the text, but a
+discarded candidate is not a written token, so the loss has no term for it. Therefore the policy gradient is only
+approximate under `word`, `sentence` and `paragraph`. Under `token` and `redraw` the tosses depend only on text that is
+already written, and the gradient is exact (if only the senior's own tokens are scored, j = 0, see reinforce.py).
 tests/test_gradients.py checks both by enumerating every path of a small pair of models.
 
 The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary, which give the
@@ -62,7 +62,7 @@ def character_class(character: str) -> int:
 
     The other three keep visible characters whole. An EXTENDER belongs to the character before it: combining marks and vowel
     signs, variation selectors, skin tones, and the zero-width non-joiner inside Persian words. The zero-width JOINER also
-    takes the character after it, as in emoji of families. Two FLAG letters make a flag.
+    takes the character after it, as in emoji of families. FLAG letters, two of which make a flag, join each other.
     """
     category = unicodedata.category(character)
     if character == "\u200d":
@@ -92,7 +92,7 @@ def joins(left: int, right: int) -> bool:
 def opens_word(before: str, piece: str) -> bool:
     """Whether the token whose text is `piece` opens a new word after the text `before`.
 
-    It does unless its first character joins the last one of the text (extenders at the end of the text are looked through).
+    It does unless its first character joins the last one of the text (extenders at the end of the text are skipped).
     The first token opens a word. If the text ends in an incomplete UTF-8 character (U+FFFD after decoding), no token opens
     one, because the character would be split. The end token, which has no text, opens a word too (unless the text ends in an
     incomplete character), so a coin also decides who may end the text.
@@ -253,7 +253,7 @@ def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
 
 @cache
 def typical_character(first_bytes: bytes, missing: int) -> str:
-    """A character that begins with these bytes and needs `missing` more: a member of the commonest class of them."""
+    """A character that begins with these bytes and needs `missing` more: one of the class that is most common among such characters."""
     by_class: dict[int, list[str]] = {}
     # With three bytes missing, every eighth value of each byte is enough.
     for rest in product(range(0x80, 0xC0, 8 if missing == 3 else 1), repeat=missing):
@@ -285,7 +285,7 @@ def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
     """A sentence mark ends a sentence only if white space follows ("3.5" does not end one) or it is full-width, as in Chinese.
 
-    A line break always does.
+    A line break always does. Nothing begins before more than white space has been written since the last toss (has_written).
     """
     return state.sentence_over & state.has_written & _begins_after_blank(state, samples)
 
@@ -341,7 +341,7 @@ class Handoff:
         self.rows = torch.arange(batch, device=device)
         # At the start nobody is active: the forced first toss overwrites senior_active.
         self.at_start, self.senior_active = ~no, no
-        # Coins used so far, and tokens written since the last toss (the token that it was tossed for included).
+        # Coins used so far, and tokens written since the last toss (counting the token that followed the toss).
         self.num_tosses, self.since_toss = zero, zero
         # The class of the last character of the text, and how many bytes that character still lacks.
         self.last_class, self.missing_bytes = zero, zero
@@ -349,7 +349,8 @@ class Handoff:
         self.after_space, self.after_blank = no, no
         # Whether a sentence or a line is over: nothing but white space has followed its mark or line break.
         self.sentence_over, self.line_over = no, no
-        # Whether more than white space has been written since the last toss. Without it, a turn could consist of a blank line.
+        # Whether more than white space has been written since the last toss. Without it, a model might write only a blank line
+        # before the next toss.
         self.has_written = no
 
     def choose(self, senior_ids: torch.Tensor, junior_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -376,7 +377,7 @@ class Handoff:
         """Update what the text ends in after the tokens `written` (B,)."""
         tables = self.tables
         continues = tables.continues_character[written]
-        # The class stays if the token only extends the last character, or only completes it: then its first bytes decided.
+        # The class stays if the token only extends the last character, or only completes it (its first bytes have decided).
         last = tables.last_class[written]
         self.last_class = torch.where(continues | (last == EXTENDER), self.last_class, last)
         # A token of continuation bytes lowers the number of missing bytes; any other token resets it.

@@ -86,6 +86,10 @@ def check_together(
     """Flags that contradict each other, ask for too much, or have no effect on any run. arms: the flags that each arm sets."""
     if args.p in (0, 1):
         parser.error(f"--p {args.p:g}: one of the two models would never write. p = 1 is standard RL: choose an arm such as solo")
+    # The sweep goes on to as many seeds more, and above 999 the random numbers of training meet those of evaluations.
+    last = args.seed + (2 if args.setting in ("sweep", "all") else 1) * args.seeds - 1
+    if last > 999:
+        parser.error(f"--seed {args.seed} --seeds {args.seeds}: the last seed would be {last}, and at most 999 is possible: lower one")
     for run in runs:
         group = run.rollouts_per_prompt
         if run.batch % group:

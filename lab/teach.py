@@ -11,9 +11,11 @@ by a LoRA adapter on plain solutions, and merged:
 Both models then share one copy of the weights and one forward pass. The base is made once per --out, kept as an ordinary
 checkpoint, and named by a checksum of what it was made from: the pretrained model's name, the texts and the constants.
 
-What the texts contain makes the junior weaker than the specialist, as in lab/tiny.py: a share of SKIPS leaves out the last
-step and so answers wrongly, while the specialist is fine-tuned on right solutions only. None contains <<...>>. For generated
-problems a share of GERMAN solutions makes language pairs possible. The solutions of GSM8K are taught as they are, in English.
+No text contains <<...>>. For generated problems, a share of SKIPS of the solutions leaves out the last step and so answers
+wrongly, as in lab/tiny.py. This makes the junior weaker than the specialist, which is fine-tuned on right solutions only. A
+share of GERMAN solutions makes language pairs possible. The solutions of GSM8K are taught as they are, in English.
+
+--junior must name the same model as --senior (lab/flags.py checks it).
 """
 
 import argparse
@@ -54,7 +56,7 @@ def plain_solutions(args: argparse.Namespace) -> list[tuple[str, str]]:
         rng.shuffle(problems)
         return [(tasks.prompt(problem.question), tasks.plain(problem.solutions["en"])) for problem in problems[:n]]
     texts = []
-    # Far from the seeds of training and of specialists.
+    # The third argument is a seed, far from those of training and of specialists.
     for problem in tasks.generate(n, "train", 2 * 10**6, tasks.WORLDS[args.problems]):
         language = "de" if rng.random() < GERMAN else "en"
         solution = problem.solutions[language]
@@ -70,6 +72,7 @@ def skip_last_step(solution: str) -> str:
     >>> skip_last_step("She buys 4: 3+4=<<3+4=7>>7.\\nShe sells 5: 7-5=<<7-5=2>>2.\\n#### 2")
     'She buys 4: 3+4=<<3+4=7>>7.\\n#### 7'
     """
+    # Every generated solution has two steps or more. SUM finds the expression and the result of each.
     _, previous_result = SUM.findall(solution)[-2]
     return "\n".join([*solution.split("\n")[:-2], f"#### {previous_result}"])
 
@@ -92,11 +95,12 @@ def teach(args: argparse.Namespace, folder: Path) -> None:
     model = models.add_adapter(models.load_model(name, False, args.device, args.bfloat16), RANK)
     models.reset_adapter(model, seed=0)
     options = dict(steps=args.teach_steps, batch=BATCH, micro_tokens=args.micro_tokens, lr=LR, seed=0, label="teaching the base")
+    # The adapter is kept here while it is fine-tuned, for an interrupted run to go on with.
     draft = folder.with_name(f"{folder.name}.pt")
     fine_tune(model, tokenizer, texts, **options, draft=draft)
     if not parallel.is_main():
         return
-    # A folder that is complete or not there: it gets its name last.
+    # The folder is renamed last, so it is either complete or absent.
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     with runs.writing(unfinished):
         shutil.rmtree(unfinished, ignore_errors=True)

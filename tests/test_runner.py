@@ -399,6 +399,7 @@ def test_two_processes_make_the_update_of_one(command, tmp_path):
         ("--temperature 0", "--temperature: 0: must be a finite number greater than 0"),
         ("--rollouts-per-prompt 0", "--rollouts-per-prompt: 0: must be a finite number of at least 1"),
         ("--seed -1", "--seed: -1: must"),
+        ("--setting sweep --seed 499 --seeds 300", "--seed 499 --seeds 300: the last seed would be 1098"),
         ("--updates -1", "--updates: -1: must"),
         ("--lr inf", "--lr: inf: must be a finite number greater than 0"),
         ("--lr much", "--lr: invalid float value: 'much'"),
