@@ -95,6 +95,7 @@ def act(state: State, action: str) -> State:
     {'in': 'in-hall', 'lamp': 'blue-lamp'}
     """
     verb, what = action.split()
+    # Painting takes one along, so that what is seen after "go" and "paint" follows from the action and the things alone.
     if verb == "paint":
         return state | {"in": f"in-{ROOM_OF[FACTS[what]]}", FACTS[what]: what}
     return state | {"in": f"in-{what}"} if verb == "go" else state
@@ -107,6 +108,7 @@ def describe(state: State) -> str:
 
 def observe(state: State) -> str:
     """What one sees: the facts of the room one is in, but not which room it is."""
+    # The room is not named. After "look here" only z says which room is seen, so a complete z has the room in it.
     return " ".join(state[thing] for thing in ROOMS[state["in"].removeprefix("in-")])
 
 
@@ -128,12 +130,14 @@ class Episode(NamedTuple):
 def make_episode(rng: random.Random, events: int, horizon: int) -> Episode:
     """A history of `events` actions with their observations, then `horizon` actions. Its first events visit every room."""
     state = {"in": "in-hall"} | {thing: f"{rng.choice(COLOURS)}-{thing}" for thing in ROOM_OF}
-    # So every fact of the state can be known from the history.
+    # After a visit to every room, all facts can be known from the history.
     first = [f"go {room}" for room in rng.sample(list(ROOMS), len(ROOMS))]
+    # What the history shows: every action with what was seen after it.
     history = []
     for action in first + [random_action(rng) for _ in range(events - len(first))]:
         state = act(state, action)
         history += [action, observe(state)]
+    # What is to be predicted.
     actions = [random_action(rng) for _ in range(horizon)]
     return Episode(" ".join(history), state, actions, list(itertools.accumulate(actions, act, initial=state))[1:])
 
@@ -145,6 +149,7 @@ def read_facts(text: str) -> tuple[set[str], bool]:
     (False, True)
     """
     words = text.split()
+    # The slot of a word that is no fact is None.
     slots = [FACTS.get(word) for word in words]
     valid = bool(words) and None not in slots and len(set(slots)) == len(slots)
     return {word for word in words if word in FACTS}, valid
@@ -189,16 +194,19 @@ WORDS = "encode transition decode history state action observation look here go 
 WORD_LEVEL = Tokenizer(WordLevel({word: i for i, word in enumerate(["</s>", *WORDS])}))
 WORD_LEVEL.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORD_LEVEL, pad_token="</s>", eos_token="</s>")
+# What each id writes. The space keeps words apart.
 PIECES = [b"", *(f" {word}".encode() for word in WORDS)]
 
 
 def write(model, formulation: str, stage: str, rows: list[dict], seed: int, temperature: float = 1.0) -> tuple[Rollouts, list[dict]]:
     """Sample one text of a stage for each of B rows. Returns the rollouts and the rows with that text filled in."""
+    # Each formulation shows a stage what its template names, and nothing else of the row.
     prompts = models.encode_prompts(TOKENIZER, [PROMPTS[formulation][stage].format(**row) for row in rows], "cpu")
     # The rollout of the lesson with p = 1: one writer, and a second model that is never run.
     pair = Pair(model, model, TOKENIZER, TOKENIZER, [0], PIECES, build_tables(PIECES))
     noise, coins = random_numbers(len(rows), MAX_WORDS[stage], seed)
     rollouts = rollout(pair, prompts, prompts, noise, coins, schedule="token", p=1.0, temperature=temperature)
+    # The text goes into the next prompt and to the rewards. The loss uses the sampled ids.
     return rollouts, [row | {WRITES[stage]: text.strip()} for row, text in zip(rows, rollouts.texts)]
 
 
@@ -266,20 +274,26 @@ def own_rewards(stage: str, rows: list[dict], format_reward: float, length_penal
 class Config:
     """What all arms share. Decided before any seed of the results was run, after trials with seeds from 90 on."""
 
-    warm_steps: int = 800  # of supervised training, in batches of 64 texts
+    # The warm start: supervised steps on batches of 64 texts.
+    warm_steps: int = 800
     warm_lr: float = 3e-3
-    wrong: float = 0.15  # how often a fact of a noisy state is false
-    missing: float = 0.15  # and how often it is missing
+    # How often a fact about a thing is false in the states that the encoder is taught, and how often it is missing.
+    wrong: float = 0.15
+    missing: float = 0.15
+    # fGRPO: updates, histories per update (S), branching (N, K, M).
     updates: int = 80
-    histories: int = 8  # S
-    branching: tuple[int, ...] = (4, 2, 2)  # N, K, M
+    histories: int = 8
+    branching: tuple[int, ...] = (4, 2, 2)
     lr: float = 3e-4
-    clip_ratio: float = 0.2  # never reached with one step per batch, where every ratio is 1
+    # Not reached with one step per batch, where every ratio is 1.
+    clip_ratio: float = 0.2
     format_reward: float = 0.1
+    # Held-out episodes per evaluation, and the actions of an open loop.
     eval_every: int = 10
-    episodes: int = 200  # per evaluation
+    episodes: int = 200
     horizon: int = 8
-    max_events: int = 9  # 2 to 9 in a history: a rollout of 8 steps from 2 events stays within what was trained
+    # Histories have 2 to 9 events. An open loop of 8 actions from 2 events reads histories of up to 9, none longer than in training.
+    max_events: int = 9
 
 
 @dataclass(frozen=True)
@@ -287,21 +301,29 @@ class Arm:
     """What is compared. The switches are one field each."""
 
     formulation: str
-    separate: bool = True  # weights of its own for every stage, instead of one model for all
-    divide: bool = True  # by the standard deviation over siblings
+    # Every stage has weights of its own, or one model serves all stages.
+    separate: bool = True
+    # Advantages are divided by the standard deviation over siblings.
+    divide: bool = True
     freeze_encoder: bool = False
-    length_penalty: float = 0.1  # for a state of five words
+    # What a full state costs, to be compared with an F1 of up to 1.
+    length_penalty: float = 0.1
 
 
 ARMS = {
+    # The three formulations, with every reward and the division.
     "stateless": Arm("stateless"),
     "strict": Arm("strict"),
     "leaky": Arm("leaky"),
+    # How much of the prediction is due to training the encoder?
     "leaky-frozen": Arm("leaky", freeze_encoder=True),
+    # Is it the reward for short states that changes z?
     "strict-no-length": Arm("strict", length_penalty=0.0),
     "leaky-no-length": Arm("leaky", length_penalty=0.0),
+    # Is it the division, which gives a small reward full weight where all siblings predict equally well?
     "strict-no-std": Arm("strict", divide=False),
     "leaky-no-std": Arm("leaky", divide=False),
+    # Is it that every stage has its own weights?
     "strict-shared": Arm("strict", separate=False),
     "leaky-shared": Arm("leaky", separate=False),
 }
@@ -319,6 +341,7 @@ def noisy(state: State, rng: random.Random, config: Config) -> State:
     """An annotator's belief about a state: each thing is false, missing or true, independently. Where one is, one knows."""
     belief = dict(state)
     for thing in ROOM_OF:
+        # One draw decides between false, missing and true.
         u = rng.random()
         if u < config.wrong:
             belief[thing] = rng.choice([fact for fact in FACTS if FACTS[fact] == thing and fact != state[thing]])
@@ -340,6 +363,7 @@ def warm_texts(seed: int, config: Config) -> list[tuple[str, str]]:
         prompt, stage = rng.choice(list(kinds.items()))
         episode = make_episode(rng, rng.randint(len(ROOMS), config.max_events), 1)
         z = noisy(episode.state, rng, config)
+        # z' has the errors of z, except where the action has corrected them.
         z_next = act(z, episode.actions[0])
         targets = {"encode": describe(z), "transition": describe(z_next), "decode": observe(episode.states[0])}
         # Each stage reads the state that the stage before it writes.
@@ -364,6 +388,7 @@ def warm_start(seed: int, config: Config) -> LlamaForCausalLM:
 def make_policies(base: LlamaForCausalLM, arm: Arm) -> dict[str, LlamaForCausalLM]:
     """{stage: model}: copies of the warm start, one per stage or one for all."""
     stages = PROMPTS[arm.formulation]
+    # Copies, so that no arm changes what the next one starts from.
     policies = {stage: copy.deepcopy(base) for stage in stages} if arm.separate else dict.fromkeys(stages, copy.deepcopy(base))
     if arm.freeze_encoder:
         policies["encode"].requires_grad_(False)
@@ -420,11 +445,13 @@ def open_loop(policies: dict, arm: Arm, episodes: list[Episode], key: tuple, tem
     """
     # The stateless arm has no encoder: its z is empty.
     rows = [{"history": episode.history, "state": ""} for episode in episodes]
+    # Encode once; from here on the true state is never seen again.
     if "encode" in policies:
         _, rows = write(policies["encode"], arm.formulation, "encode", rows, noise_seed(*key), temperature)
     after = [rows]
     for t in range(len(episodes[0].actions)):
         rows = [row | {"action": episode.actions[t]} for row, episode in zip(rows, episodes)]
+        # Transition and decode, in this order; only decode under "stateless".
         for stage in policies:
             if stage != "encode":
                 _, rows = write(policies[stage], arm.formulation, stage, rows, noise_seed(*key, t, stage), temperature)
@@ -440,6 +467,7 @@ def mean_f1(predicted: list[str], truth: list[str]) -> float:
 
 def evaluate(policies: dict, arm: Arm, seed: int, config: Config, temperature: float = 1.0) -> dict:
     """One-step prediction F1, and F1 and length of z against the true state, over held-out episodes that all arms share."""
+    # The same episodes and random numbers at every update and in every arm, which reduces the variance of differences.
     rng = random.Random(f"test {seed}")
     episodes = [make_episode(rng, rng.randint(len(ROOMS), config.max_events), 1) for _ in range(config.episodes)]
     encoded, predicted = open_loop(policies, arm, episodes, ("test", seed), temperature)
@@ -488,6 +516,7 @@ def run_arm(name: str, seed: int, config: Config, out: Path) -> None:
     """Train and measure one arm and write its file, unless it is there. Raises Refused if it is, with other settings."""
     arm, path = ARMS[name], out / name / f"seed-{seed}.json"
     settings = as_json(config) | as_json(arm)
+    # Resume: an arm whose file is there is not run again.
     if path.is_file():
         kept = runs.read_back(path, settings=dict)["settings"]
         changed = {key: (kept.get(key), value) for key, value in settings.items() if kept.get(key) != value}
@@ -499,6 +528,7 @@ def run_arm(name: str, seed: int, config: Config, out: Path) -> None:
     # The likeliest texts before and after: merely sharpening a distribution does not change them.
     greedy = [evaluate(p, arm, seed, config, temperature=0.0) for p in (make_policies(base, arm), policies)]
     result = {"settings": settings, "evaluations": evaluations, "greedy": greedy}
+    # In open loop a leaky predictor still has a history to read: with its own predictions appended, or as it was encoded.
     kinds = {"": True, ", history as encoded": False} if arm.formulation == "leaky" else {"": True}
     result["horizons"] = {kind: rollout_f1(policies, arm, seed, config, extend) for kind, extend in kinds.items()}
     result |= {"samples": sample_texts(policies, arm, seed), "seconds": round(time.time() - started)}
@@ -523,6 +553,7 @@ def with_interval(by_seed: list[float]) -> str:
 def arm_row(name: str, seeds: list[dict]) -> list[str]:
     """The cells of one arm in the first table, before → after training."""
     cells = [name, str(len(seeds))]
+    # Sampled at temperature 1, as in training, and greedy; the first and the last evaluation of each.
     for rows, measure in itertools.product(("evaluations", "greedy"), ("one_step", "state", "length")):
         before, after = ([seed[rows][i][measure] for seed in seeds] for i in (0, -1))
         cells.append(f"{100 * sum(before) / len(seeds):.1f} → {with_interval(after)}")
@@ -557,6 +588,7 @@ def tables(results: dict[str, dict[int, dict]]) -> str:
     headings = "difference; seeds; one-step F1; state F1; state F1, matched; one-step F1 that the match leaves".split("; ")
     headings += ["open loop, 1 action", f"open loop, {horizon} actions", f"open loop, {horizon} actions, history as encoded"]
     text += "\n\nDifferences in points, seed by seed. Matched: at the one-step F1 of the second arm's last evaluation.\n\n"
+    # Only seeds that both arms of a pair have run.
     both = {pair: [results.get(name, {}) for name in pair] for pair in PAIRS}
     rows = [pair_row(*pair, [(a[seed], b[seed]) for seed in a if seed in b]) for pair, (a, b) in both.items() if a.keys() & b.keys()]
     return text + markdown_table(headings, rows) + "\n"
@@ -570,6 +602,7 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
         curves = [[[row[key] for row in seed["evaluations"]] for seed in seeds] for key in ("one_step", "state")]
         curves.append([seed["horizons"][""] for seed in seeds])
         updates = [row["update"] for row in seeds[0]["evaluations"]]
+        # A band needs more than one seed.
         for axis, x, curve in zip(axes, (updates, updates, range(1, len(curves[2][0]) + 1)), curves):
             # One column per update or horizon, with a value per seed.
             columns = list(zip(*curve))
@@ -599,6 +632,7 @@ def main(argv: list[str], config: Config) -> None:
         for seed in range(args.seeds) if args.seed is None else [args.seed]:
             for arm in args.arms:
                 run_arm(arm, seed, config, args.out)
+        # Versions, commit, and the command that made or completed this folder.
         described = {"command": " ".join(["python -m companions.belief_states", *argv]), **runs.describe_machine("cpu")}
         runs.replace_file(args.out / "config.json", (json.dumps(described | {"config": as_json(config)}, indent=2) + "\n").encode())
         # From all files that are there, also of other seeds and arms than this command's.

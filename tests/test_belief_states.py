@@ -363,6 +363,8 @@ def test_main_resumes_and_draws_from_files(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out
 
     paths[-1].unlink()
+    # Drawing takes seconds, and once is enough.
+    monkeypatch.setattr(beliefs, "draw", lambda results, path: None)
     trained, train = [], beliefs.train
     monkeypatch.setattr(beliefs, "train", lambda *args: trained.append(args[4]) or train(*args))
     beliefs.main(command, SMALL)
