@@ -622,9 +622,9 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
 def main(argv: list[str], config: Config) -> None:
     """Run what is missing, then make the tables and the figure from all files in --out."""
     parser = argparse.ArgumentParser(prog="python -m companions.belief_states", description="Textual belief states, three formulations.")
-    # seed_interval has quantiles for up to ten seeds.
+    # Intervals over seeds are there for up to ten of them.
     parser.add_argument("--seeds", type=number(int, 1, 10), default=5, help="run seeds 0 to SEEDS - 1 (default: 5)")
-    parser.add_argument("--seed", type=number(int, 0), help="run this seed only")
+    parser.add_argument("--seed", type=number(int, 0, 9), help="run this seed only, 0 to 9")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"some of {', '.join(ARMS)}")
     parser.add_argument("--out", type=Path, default="runs/companions/belief_states", help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)

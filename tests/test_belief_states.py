@@ -338,7 +338,9 @@ def test_training_changes_what_it_should(base, name):
     policies, evaluations = beliefs.train(base, ARMS[name], 0, SMALL)
     assert [row["update"] for row in evaluations] == [0, 1, 2]
     for stage, policy in policies.items():
-        assert same(policy, base) == (ARMS[name].freeze_encoder and stage == "encode")
+        frozen = ARMS[name].freeze_encoder and stage == "encode"
+        assert same(policy, base) == frozen
+        assert all(parameter.requires_grad != frozen for parameter in policy.parameters())
     if ARMS[name].separate and "encode" in policies:
         assert not same(policies["transition"], policies["decode"])
 
@@ -397,7 +399,7 @@ def test_other_settings_are_refused(tmp_path, base):
     [
         (["--seeds", "0"], "0: must be a finite number of at least 1 and at most 10"),
         (["--seeds", "11"], "at most 10"),
-        (["--seed", "-1"], "-1: must be a finite number of at least 0"),
+        (["--seed", "-1"], "-1: must be a finite number of at least 0 and at most 9"),
         (["--arms", "stric"], "invalid choice: 'stric'"),
     ],
 )
