@@ -575,8 +575,12 @@ def pair_row(first: str, second: str, pairs: list[tuple[dict, dict]]) -> list[st
 def tables(results: dict[str, dict[int, dict]]) -> str:
     """The three tables in Markdown."""
     by_arm = {name: list(seeds.values()) for name, seeds in results.items()}
-    headings = "arm; seeds; one-step F1; state F1; length of z; greedy: one-step F1; state F1; length of z; minutes per seed".split("; ")
-    text = "Percent before → after training, with the 95 % interval over seeds of the latter. Length: of a full state.\n\n"
+    headings = (
+        "arm; seeds; one-step F1; state F1; length of z; greedy one-step F1; greedy state F1; greedy length of z; minutes per seed".split(
+            "; "
+        )
+    )
+    text = "Percent before → after training, with the 95 % interval over seeds of the latter. Length: of a full state. No state: 0.\n\n"
     text += markdown_table(headings, [arm_row(*item) for item in by_arm.items()])
     # Transposed: one list of values by seed for every horizon.
     loops = {
@@ -610,9 +614,9 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
             if len(seeds) > 1:
                 axis.fill_between(x, *zip(*map(seed_interval, columns)), color=style.colour, alpha=0.1, linewidth=0)
     titles = ("one-step prediction F1 by update", "F1 of z against the true state by update", "open-loop prediction F1 by action")
-    for axis, title in zip(axes, titles):
-        # The state F1 of the stateless arm, which has no state, is 0 and not shown.
-        axis.set(title=title, ylim=(0.4, 1.01))
+    for axis, title, bottom in zip(axes, titles, (0.6, 0.0, 0.6)):
+        # The stateless arm, which has no state, lies at 0 in the second panel.
+        axis.set(title=title, ylim=(bottom, 1.01))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     with runs.writing(path):
         figure.savefig(path, dpi=120)
