@@ -575,11 +575,7 @@ def pair_row(first: str, second: str, pairs: list[tuple[dict, dict]]) -> list[st
 def tables(results: dict[str, dict[int, dict]]) -> str:
     """The three tables in Markdown."""
     by_arm = {name: list(seeds.values()) for name, seeds in results.items()}
-    headings = (
-        "arm; seeds; one-step F1; state F1; length of z; greedy one-step F1; greedy state F1; greedy length of z; minutes per seed".split(
-            "; "
-        )
-    )
+    headings = "arm; seeds; one-step F1; state F1; length of z; greedy one-step F1; greedy state F1; greedy length; minutes".split("; ")
     text = "Percent before → after training, with the 95 % interval over seeds of the latter. Length: of a full state. No state: 0.\n\n"
     text += markdown_table(headings, [arm_row(*item) for item in by_arm.items()])
     # Transposed: one list of values by seed for every horizon.
