@@ -37,17 +37,22 @@ A turn reads the whole game anew instead of keeping a cache across turns, becaus
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,14 +82,9 @@ def annealed(step: int, horizon: float) -> tuple[float, float]:
     return max(0.1, 1 - 0.9 * q), 1 + q
 
 
-# The weights of teacher and reward at an update, by the name that an arm gives.
-SCHEDULES: dict[str, Callable[[int, float], tuple[float, float]]] = {
-    "annealed": annealed,
-    # Reconstruction: the averages of kappa and rho over the annealing, so that both arms see the same weights in total until T.
-    "constant": lambda step, horizon: (0.55, 1.5),
-    "reward": lambda step, horizon: (0.0, 1.0),
-    "teacher": lambda step, horizon: (1.0, 0.0),
-}
+# (kappa, rho) of the arms that do not anneal: GRPO, OPD, and both at once.
+# Reconstruction: the last are the averages over the annealing, so that both arms see the same weights in total until T.
+FIXED_WEIGHTS = {"reward": (0.0, 1.0), "teacher": (1.0, 0.0), "constant": (0.55, 1.5)}
 
 
 def hybrid_advantages(delta: torch.Tensor, turn_weights: torch.Tensor, advantages: torch.Tensor, kappa: float, rho: float) -> torch.Tensor:
@@ -108,11 +108,9 @@ def tdur(disagreement: torch.Tensor, uncertainty: torch.Tensor) -> torch.Tensor:
     >>> tdur(torch.tensor([0.0, 0.1, 0.2]), torch.tensor([0.0, 0.5, 1.0]))
     tensor([0.0000, 0.7500, 1.0000])
     """
-    # With fewer than 3 turns, min-max normalisation would give hardly anything but 0 and 1.
-    if len(disagreement) < 3:
-        return torch.ones_like(disagreement)
-    # Where teacher and student agree everywhere, normalising would blow up noise.
-    if disagreement.max() < 0.01:
+    # The guards. With fewer than 3 turns, min-max normalisation would give hardly anything but 0 and 1. And where teacher and
+    # student agree everywhere, it would blow up noise.
+    if len(disagreement) < 3 or disagreement.max() < 0.01:
         return torch.ones_like(disagreement)
     # w_k = 1 - (1 - d~_k)(1 - h~_k): a turn is informative if either is large.
     return 1 - (1 - min_max(disagreement)) * (1 - min_max(uncertainty))  # (K,)
@@ -125,14 +123,13 @@ def tdur_of_tokens(old: torch.Tensor, teacher: torch.Tensor, turns: torch.Tensor
     the student did not write, (B, C).
     """
     weights = torch.zeros_like(old)
-    for i in range(len(turns)):
-        numbers = [k for k in turns[i].unique().tolist() if k >= 0]
-        if not numbers:
-            continue
-        in_turn = [turns[i] == k for k in numbers]  # K masks of shape (C,)
+    for i, of_game in enumerate(turns):
+        # The tokens of each of the K turns; observations belong to none.
+        in_turn = [of_game == k for k in of_game.unique() if k >= 0]  # K masks of shape (C,)
         # d_k = mean_t |log pi_old - log pi_teacher|; h_k = mean_t (-log pi_old).
         d = torch.stack([(old[i] - teacher[i])[mask].abs().mean() for mask in in_turn])  # (K,)
         h = torch.stack([-old[i][mask].mean() for mask in in_turn])  # (K,)
+        # Every token has the weight of its turn.
         for mask, w in zip(in_turn, tdur(d, h)):
             weights[i][mask] = w
     return weights
@@ -171,12 +168,15 @@ class Game:
         """Carry out one action, of words, and return the observation. An action that makes no sense changes nothing."""
         self.turns += 1
         match action:
+            # The player sees what lies there, and need not open anything.
             case ("go", place) if place in PLACES:
                 self.at, self.seen = place, self.seen | {place}
                 return " ".join([item for item in ITEMS if self.where[item] == place] or ["empty"])
+            # There is one hand.
             case ("take", item) if not self.held and self.at and self.where.get(item) == self.at:
                 self.held, self.where[item] = item, ""
                 return "taken"
+            # The game is won by the last action of the task alone, wherever else the item has been before.
             case ("put", item) if self.held and self.held == item:
                 self.held, self.where[item] = "", self.at
                 self.won = (item, self.at) == (self.item, self.target)
@@ -198,6 +198,7 @@ def expert(game: Game, rng: random.Random, noise: float = 0.0) -> tuple[str, str
         # Anything but the item of the task is put down where the player stands.
         goal = game.target if game.held == game.item else game.at
         return ("put", game.held) if game.at == goal else ("go", goal)
+    # It remembers what it has seen, and otherwise looks where it has not been. The item is never at its target from the start.
     place = game.where[game.item]
     if place in game.seen:
         return ("take", game.item) if game.at == place else ("go", place)
@@ -209,22 +210,18 @@ def expert(game: Game, rng: random.Random, noise: float = 0.0) -> tuple[str, str
 
 # One token per word. "." pads and would end an action early; ">" ends an observation.
 WORDS = [".", ">", "task", "go", "take", "put", "taken", "done", "empty", "nothing", *PLACES, *ITEMS]
-PAD, PIECES = 0, [f" {word}".encode() for word in WORDS]
+PAD, ACTION_TOKENS, PIECES = 0, 2, [f" {word}".encode() for word in WORDS]
+# What rollout.py wants to know about the vocabulary in order to hand over; with one author it does not matter.
 TABLES = build_tables(PIECES)
-ACTION_TOKENS = 2
 
 
 def encode(text: str) -> list[int]:
     return [WORDS.index(word) for word in text.split()]
 
 
-def decode(ids: list[int]) -> str:
-    return " ".join(WORDS[i] for i in ids)
-
-
 def pad_rows(rows: list[list], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """lab.models.pad without a tokenizer, of which it needs the padding id only."""
-    return pad(rows, argparse.Namespace(eos_token_id=PAD), side, "cpu")
+    return pad(rows, SimpleNamespace(eos_token_id=PAD), side, "cpu")
 
 
 def act(player, histories: list[list[int]], games: list[Game], rng: random.Random, generator) -> list[tuple[list[int], list[float]]]:
@@ -248,8 +245,8 @@ def play(player, games: list[Game], seed: int, *, opener=None, opening_turns: in
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     tasks = [encode(f"task {game.item} {game.target} >") for game in games]
-    # Per game, columns of equal length: token ids, author, turn, log-probability.
-    columns = [([], [], [], []) for _ in games]
+    # Per game, three columns of equal length: token ids, turns, log-probabilities.
+    columns = [([], [], []) for _ in games]
     for turn in range(MAX_TURNS):
         running = [i for i, game in enumerate(games) if not game.over]
         if not running:
@@ -261,30 +258,25 @@ def play(player, games: list[Game], seed: int, *, opener=None, opening_turns: in
             # 2. The game answers. After the last action there is nothing to read any more.
             observation = games[i].step(tuple(WORDS[token] for token in action))
             seen = [] if games[i].over else encode(f"{observation} >")
-            # 3. Who wrote which token is recorded now, and never inferred from ids.
-            own, rest = current is player, [0] * len(seen)
-            new = (action + seen, [int(own)] * len(action) + rest, [turn if own else -1] * len(action) + [-1 for _ in rest], old + rest)
-            for column, values in zip(columns[i], new):
-                column.extend(values)
-    return as_rollouts(tasks, columns), pad_turns(columns), torch.tensor([float(game.won) for game in games])
+            # 3. Who wrote which token is recorded now, and never inferred from ids: what is not the player's is in turn -1.
+            columns[i][0].extend(action + seen)
+            columns[i][1].extend([turn if current is player else -1] * len(action) + [-1] * len(seen))
+            columns[i][2].extend(old + [0.0] * len(seen))
+    return *as_rollouts(tasks, columns), torch.tensor([float(game.won) for game in games])
 
 
-def as_rollouts(tasks: list[list[int]], columns: list[tuple]) -> Rollouts:
-    """Games as rollouts: the task is the prompt, and the game takes the place of the junior, with nothing to toss or discard."""
+def as_rollouts(tasks: list[list[int]], columns: list[tuple[list, list, list]]) -> tuple[Rollouts, torch.Tensor]:
+    """Games as rollouts, and the turn of every token, (B, C), which is -1 at padding too.
+
+    The task is the prompt, and the game takes the place of the junior. There is no coin, and nothing is discarded.
+    """
     prompts = pad_rows(tasks, "left")
     ids, mask = pad_rows([game[0] for game in columns], "right")  # (B, C)
-    own = pad_rows([game[1] for game in columns], "right")[0] * mask  # (B, C)
-    old = torch.zeros(ids.shape, dtype=torch.float64)  # (B, C)
-    for row, game in zip(old, columns):
-        row[: len(game[3])] = torch.tensor(game[3], dtype=torch.float64)
-    texts = [decode(game[0]) for game in columns]
-    return Rollouts(*prompts, *prompts, ids, mask, own, discarded_ids=ids, toss_mask=torch.zeros_like(ids), logprobs=old, texts=texts)
-
-
-def pad_turns(columns: list[tuple]) -> torch.Tensor:
-    """The turn of every token, (B, C), -1 at padding and at tokens that are not the player's."""
-    turns, mask = pad_rows([game[2] for game in columns], "right")
-    return torch.where(mask.bool(), turns, -1)
+    turns = torch.where(mask.bool(), pad_rows([game[1] for game in columns], "right")[0], -1)  # (B, C)
+    # In float64, so that rounding does not separate them from log-probabilities that are computed again.
+    old = pad_sequence([torch.tensor(game[2], dtype=torch.float64) for game in columns], batch_first=True)  # (B, C)
+    own, texts = (turns >= 0).long(), [" ".join(WORDS[i] for i in task + game[0]) for task, game in zip(tasks, columns)]
+    return Rollouts(*prompts, *prompts, ids, mask, own, discarded_ids=ids, toss_mask=0 * ids, logprobs=old, texts=texts), turns
 
 
 def success(player, seed: int, games: int, **opening) -> float:
@@ -297,42 +289,23 @@ def success(player, seed: int, games: int, **opening) -> float:
 # Settings and arms
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Reconstruction: all of these. They were found in trials with the seeds 90 and 91, before any of the seeds reported was run."""
-
-    updates: int = 80
-    long_updates: int = 160
-    # T of equation (10) is 80 in the paper. Ours is scaled to the shorter training, to the same share as 80 of 200 updates.
-    horizon: float = 32
-    # 8 rollouts per task, as in the paper.
-    tasks: int = 8
-    group: int = 8
-    lr: float = 1e-3
-    clip_ratio: float = 0.2
-    max_grad_norm: float = 1.0
-    eval_every: int = 20
-    eval_games: int = 256
-    # Games on which the supervised warm-up is tested.
-    demo_games: int = 128
-    # Widths of the two-layer models: 61,000 and 160,000 parameters.
-    student_width: int = 48
-    teacher_width: int = 80
-    # Supervised warm-up: batches of 64 demonstrations, and a model is tested every so many steps.
-    demo_batch: int = 64
-    demo_lr: float = 3e-3
-    demo_test_every: int = 10
-    demo_max_steps: int = 600
-    # Demonstrations that blur a skilled student until it succeeds in less than a fifth of its games.
-    blur_noise: float = 0.7
-    blur_lr: float = 3e-4
-    teacher_lr: float = 3e-4
-    teacher_max_updates: int = 120
-    # The longest opening by a student in the games of the teacher that is trained on a student's states.
-    max_opening: int = 4
-
-
-SETTINGS = Settings()
+# Reconstruction: all of these. They were found in trials with the seeds 90 to 92, before any of the seeds reported was run.
+SETTINGS = SimpleNamespace(
+    # T of equation (10) is 80 in the paper. Ours is scaled to the shorter training: the same share as 80 of 200 updates.
+    updates=80, long_updates=160, horizon=32.0,
+    # 8 rollouts per task, as in the paper, of 8 tasks.
+    tasks=8, group=8, lr=1e-3, clip_ratio=0.2, max_grad_norm=1.0,
+    # A student is tested on 256 games after every 20 updates.
+    eval_every=20, eval_games=256,
+    # Widths of the models, of two layers each: 61,776 and 169,520 parameters.
+    student_width=48, teacher_width=80,
+    # Supervised warm-up: batches of demonstrations; every 10 steps a model is tested on 128 games.
+    demo_batch=64, demo_lr=3e-3, demo_test_every=10, demo_max_steps=600, demo_games=128,
+    # Demonstrations in which 70 % of the actions are random blur what a skilled student does.
+    blur_noise=0.7, blur_lr=3e-4,
+    # The teacher's GRPO. max_opening: in the games that a student begins, the most turns that it plays.
+    teacher_lr=3e-4, teacher_max_updates=120, max_opening=4,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -365,25 +338,22 @@ ARMS = {
 # Training
 
 
-def train(
-    student, teacher, arm: Arm, seed: int, *, updates: int, lr: float, test: Callable[[], float], test_every: int, label: str, opener=None,
-    stop_at: float = 2.0
-) -> list[dict]:  # fmt: skip
+def train(student, teacher, arm: Arm, seed: int, *, updates: int, lr: float, test, test_every: int, label: str, opener=None, stop_at=2.0):
     """Train `student` in place, and return a row of measures per test. A teacher of None is for GRPO alone.
 
-    test: measures the success of the student, before training and after every `test_every` updates; training ends early at
-    `stop_at`. opener: plays a random number of first turns of every game.
+    test: a function that measures the success of the student, before training and after every `test_every` updates; training
+    ends early once it is at least `stop_at`. opener: plays a random number of first turns of every game.
     """
     rng = random.Random(f"train {seed}")
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
-    rows, rewards_seen, gaps = [{"update": 0, "success": test()}], [], []
-    for step in (bar := tqdm(range(updates), label, unit="update", leave=False)):
+    rows, batches = [{"update": 0, "success": test()}], []
+    for step in tqdm(range(updates), label, unit="update", leave=False):
         # 1. The student plays G games of each task.
         tasks = [rng.random() for _ in range(SETTINGS.tasks)]
         games = [new_game(random.Random(task)) for task in tasks for _ in range(SETTINGS.group)]
         opening = {"opener": opener, "opening_turns": rng.randint(0, SETTINGS.max_opening)} if opener else {}
         rollouts, turns, rewards = play(student, games, rng.getrandbits(31), **opening)
-        old = rollouts.logprobs.float()  # (B, C), log pi_old
+        old = rollouts.logprobs.to(student.dtype)  # (B, C), log pi_old
         # 2. The advantage of GRPO, one number per game.
         advantages = group_advantages(rewards, SETTINGS.group)  # (B,)
         # 3. The teacher grades every token. It is neither clipped nor normalised: delta_t = log pi_teacher - log pi_old.
@@ -391,7 +361,7 @@ def train(
         delta = graded - old
         # 4. The weight of each turn, and of teacher and reward.
         turn_weights = tdur_of_tokens(old, graded, turns) if arm.tdur else torch.ones_like(old)
-        kappa, rho = SCHEDULES[arm.schedule](step, SETTINGS.horizon)
+        kappa, rho = annealed(step, SETTINGS.horizon) if arm.schedule == "annealed" else FIXED_WEIGHTS[arm.schedule]
         # 5. Only what the student wrote enters the loss.
         weights = hybrid_advantages(delta, turn_weights, advantages, kappa, rho) * rollouts.senior_mask  # (B, C)
         # 6. One step on the clipped objective of GRPO. With one step per batch the ratio is 1, and nothing is clipped.
@@ -404,20 +374,15 @@ def train(
             optimizer.step()
         optimizer.zero_grad()
         # Averaged over sampled tokens, -delta is the reverse KL divergence KL(student || teacher), in nats per token.
-        rewards_seen.append(rewards.mean().item())
-        gaps.append(-(delta * rollouts.senior_mask).sum().item() / max(1, int(rollouts.senior_mask.sum())))
+        batches.append((rewards.mean().item(), -(delta * rollouts.senior_mask).sum().item() / max(1, int(rollouts.senior_mask.sum()))))
         if (step + 1) % test_every == 0:
-            row = {"update": step + 1, "success": test(), "reward": mean(rewards_seen), "gap": mean(gaps), "kappa": kappa, "rho": rho}
+            reward, gap = map(mean, zip(*batches))
+            row = {"update": step + 1, "success": test(), "reward": reward, "gap": gap, "kappa": kappa, "rho": rho}
             rows.append({name: round(value, 4) for name, value in row.items()})
-            bar.set_postfix_str(f"success {row['success']:.0%}")
-            rewards_seen, gaps = [], []
+            batches = []
             if row["success"] >= stop_at:
                 break
     return rows
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def make_model(width: int, seed: int) -> LlamaForCausalLM:
@@ -428,15 +393,15 @@ def make_model(width: int, seed: int) -> LlamaForCausalLM:
     return disable_dropout(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), tie_word_embeddings=True, **shape, **token_ids)))
 
 
-def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done: Callable[[float], bool], label: str) -> float:
-    """Maximum likelihood on demonstrations of the expert, until `done` holds for the success of the model, which is returned.
+def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done: Callable[[float], bool], label: str) -> None:
+    """Maximum likelihood on demonstrations of the expert, until `done` holds for the success of the model.
 
     noise: the probability that an action of the demonstrations is random. A new model warms up over 30 steps. Raises Refused if the
     model has not got there in time.
     """
     rng = random.Random(f"imitate {seed} {noise}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    for step in (bar := tqdm(range(SETTINGS.demo_max_steps), label, unit="step", leave=False)):
+    for step in tqdm(range(SETTINGS.demo_max_steps), label, unit="step", leave=False):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30)
         games = [new_game(rng) for _ in range(SETTINGS.demo_batch)]
         worked, _, _ = play(partial(expert, noise=noise), games, rng.getrandbits(31))
@@ -446,11 +411,8 @@ def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done:
         torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % test_every == 0:
-            share = success(model, VALIDATION + seed, SETTINGS.demo_games)
-            bar.set_postfix_str(f"success {share:.0%}")
-            if done(share):
-                return share
+        if (step + 1) % test_every == 0 and done(success(model, VALIDATION + seed, SETTINGS.demo_games)):
+            return
     raise runs.Refused(f"seed {seed}, {label}: not done after {SETTINGS.demo_max_steps} steps. Choose another --seed")
 
 
@@ -463,34 +425,28 @@ def make_models(seed: int) -> tuple[dict[str, dict], dict]:
 
     Reconstruction: every rule here. Each says when to stop, so that all seeds start at a comparable success.
     """
-    test_every = SETTINGS.demo_test_every
-    learn = partial(imitate, seed=seed, noise=0.0, lr=SETTINGS.demo_lr, test_every=test_every)
+    learn = partial(imitate, seed=seed, noise=0.0, lr=SETTINGS.demo_lr, test_every=SETTINGS.demo_test_every)
     # The early student stops where it wins every tenth game. It has not learned yet to heed the task.
-    early = make_model(SETTINGS.student_width, seed)
+    early, skilled = make_model(SETTINGS.student_width, seed), make_model(SETTINGS.student_width, seed)
     learn(early, done=lambda share: share >= 0.1, label="early student")
     # The skilled student learns on until it wins every second game. Then noisy demonstrations blur what it does, not what it knows.
-    skilled = make_model(SETTINGS.student_width, seed)
     learn(skilled, done=lambda share: share >= 0.5, label="skilled student")
-    blur = dict(noise=SETTINGS.blur_noise, lr=SETTINGS.blur_lr, test_every=2, label="blurring")
-    imitate(skilled, seed, done=lambda share: share <= 0.18, **blur)
+    learn(skilled, done=lambda share: share <= 0.18, label="blurring", noise=SETTINGS.blur_noise, lr=SETTINGS.blur_lr, test_every=2)
     # Two teachers: demonstrations to 40 %, and then GRPO to 70 %. The second one takes over games that the early student began.
-    base = make_model(SETTINGS.teacher_width, seed + 1000)
-    learn(base, done=lambda share: share >= 0.4, label="teacher, demonstrations")
-    models = {"early": early, "skilled": skilled}
+    teacher = make_model(SETTINGS.teacher_width, seed + 1000)
+    learn(teacher, done=lambda share: share >= 0.4, label="teacher, demonstrations")
+    models = {"early": early, "skilled": skilled, "teacher": teacher, "states-teacher": copy.deepcopy(teacher)}
     measures: dict = {"seed": seed}
     for name, opener in (("teacher", None), ("states-teacher", early)):
-        models[name] = make_model(SETTINGS.teacher_width, seed)
-        models[name].load_state_dict(base.state_dict())
         options = dict(updates=SETTINGS.teacher_max_updates, lr=SETTINGS.teacher_lr, test_every=10, stop_at=0.7, opener=opener)
         test = partial(success, models[name], VALIDATION + seed, SETTINGS.eval_games)
-        rows = train(models[name], None, Arm("reward"), seed, test=test, label=f"{name}, GRPO", **options)
-        measures[f"{name} updates"] = rows[-1]["update"]
+        last = train(models[name], None, Arm("reward"), seed, test=test, label=f"{name}, GRPO", **options)[-1]
+        measures[f"{name} updates"] = last["update"]
     # Success from the start, and after three turns of each student. The expert shows what could still be won from there.
+    openings = {f" after {name}": dict(opener=models[name], opening_turns=3) for name in ("early", "skilled")}
     for name, player in (models | {"expert": expert}).items():
-        measures[name] = success(player, TEST + seed, SETTINGS.eval_games)
-        for opener in ("early", "skilled"):
-            opened = success(player, TEST + seed, SETTINGS.eval_games, opener=models[opener], opening_turns=3)
-            measures[f"{name} after {opener}"] = opened
+        for start, opening in ({"": {}} | openings).items():
+            measures[name + start] = success(player, TEST + seed, SETTINGS.eval_games, **opening)
     return {name: model.state_dict() for name, model in models.items()}, measures
 
 
@@ -504,22 +460,20 @@ def arm_file(out: Path, arm: str, seed: int) -> Path:
 
 def check_settings(path: Path, found: dict) -> None:
     """Raises Refused if a file was made with other settings than these."""
-    expected = asdict(SETTINGS)
-    changed = [f"{name} = {found.get(name)} instead of {expected.get(name)}" for name in expected if found.get(name) != expected[name]]
+    changed = [f"{name} = {found.get(name)} instead of {now}" for name, now in vars(SETTINGS).items() if found.get(name) != now]
     if changed:
         raise runs.Refused(f"{path} was made with {', '.join(changed)}: choose another --out, or restore these settings")
 
 
-def read_arm(path: Path) -> list[dict]:
-    """The rows of one arm and seed. Raises Refused for other settings, or a file that cannot be read."""
+def read_arm(path: Path) -> dict[int, float]:
+    """{update: success} of one arm and seed. Raises Refused for other settings, or a file that cannot be read."""
     try:
         head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        check_settings(path, head["settings"])
-        return rows
+        found, curve = head["settings"], {row["update"]: row["success"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, runs.Refused):
-            raise
         raise runs.Refused(f"{path} cannot be read ({type(error).__name__}): remove it, and it is made anew") from error
+    check_settings(path, found)
+    return curve
 
 
 def load_models(out: Path, seed: int) -> dict[str, LlamaForCausalLM]:
@@ -528,40 +482,39 @@ def load_models(out: Path, seed: int) -> dict[str, LlamaForCausalLM]:
     if not path.is_file():
         states, measures = make_models(seed)
         runs.replace_file(path.with_suffix(".json"), (json.dumps(measures, indent=1) + "\n").encode())
-        runs.save_tensors({"settings": asdict(SETTINGS), "states": states}, path)
+        runs.save_tensors({"settings": vars(SETTINGS), "states": states}, path)
     kept = runs.read_back(path, settings=dict, states=dict)
     check_settings(path, kept["settings"])
     models = {}
     for name, state in kept["states"].items():
-        models[name] = make_model(SETTINGS.teacher_width if "teacher" in name else SETTINGS.student_width, seed)
+        width = SETTINGS.teacher_width if "teacher" in name else SETTINGS.student_width
+        # Teachers are frozen; of the students, each arm trains one.
+        models[name] = make_model(width, seed).requires_grad_("teacher" not in name)
         models[name].load_state_dict(state)
-        models[name].requires_grad_(name in ("early", "skilled"))
     return models
 
 
 def run_arm(out: Path, name: str, seed: int) -> None:
     """Train one arm from one seed and write its file."""
     arm, models, started = ARMS[name], load_models(out, seed), time.time()
-    student, games = models[arm.student], SETTINGS.eval_games
-    options = dict(updates=SETTINGS.long_updates if arm.long else SETTINGS.updates, lr=SETTINGS.lr, test_every=SETTINGS.eval_every)
-    test = partial(success, student, TEST + seed, games)
-    rows = train(student, models[arm.teacher], arm, seed, test=test, label=f"{name} seed {seed}", **options)
+    student, updates = models[arm.student], SETTINGS.long_updates if arm.long else SETTINGS.updates
+    test = partial(success, student, TEST + seed, SETTINGS.eval_games)
+    options = dict(updates=updates, lr=SETTINGS.lr, test_every=SETTINGS.eval_every, label=f"{name} seed {seed}")
+    rows = train(student, models[arm.teacher], arm, seed, test=test, **options)
     # Six games of the trained student, to be read.
     rng = random.Random(TEST + seed)
     rollouts, _, rewards = play(student, [new_game(rng) for _ in range(6)], TEST + seed)
-    tasks = [decode(ids) for ids in rollouts.prompt_ids.tolist()]
-    rows[-1]["samples"] = [f"{'won' if won else 'lost'}: {task} {text}" for won, task, text in zip(rewards, tasks, rollouts.texts)]
-    head = {"arm": name, "seed": seed, "minutes": round((time.time() - started) / 60, 2), "settings": asdict(SETTINGS)}
+    rows[-1]["samples"] = [f"{'won' if won else 'lost'}: {text}" for won, text in zip(rewards, rollouts.texts)]
+    head = {"arm": name, "seed": seed, "minutes": round((time.time() - started) / 60, 2), "settings": vars(SETTINGS)}
     runs.replace_file(arm_file(out, name, seed), "".join(json.dumps(row) + "\n" for row in [head, *rows]).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table and the figure, from the files only
 
-DIFFERENCES = [
-    ("opd", "grpo"), ("atod", "grpo"), ("atod", "opd"), ("atod", "atod-constant"), ("atod", "atod-no-tdur"),
-    ("early-opd", "early-grpo"), ("early-atod", "early-opd"), ("early-opd-states", "early-opd"),
-]  # fmt: skip
+DIFFERENCES = [("opd", "grpo"), ("atod", "grpo"), ("atod", "opd"), ("atod", "atod-constant"), ("atod", "atod-no-tdur")]
+DIFFERENCES += [("grpo", "teacher"), ("opd", "teacher"), ("atod", "teacher")]
+DIFFERENCES += [("early-opd", "early-grpo"), ("early-atod", "early-opd"), ("early-opd-states", "early-opd")]
 
 
 def interval(values: list[float], sign: str = "") -> str:
@@ -573,57 +526,52 @@ def interval(values: list[float], sign: str = "") -> str:
 
 def read_curves(out: Path, seeds: list[int]) -> dict[str, dict[int, dict[int, float]]]:
     """{arm: {seed: {update: success}}} of all arms and seeds that have a file."""
-    paths = {arm: {seed: arm_file(out, arm, seed) for seed in seeds if arm_file(out, arm, seed).is_file()} for arm in ARMS}
-    curves = {
-        arm: {seed: {row["update"]: row["success"] for row in read_arm(path)} for seed, path in of.items()} for arm, of in paths.items()
-    }
-    return {arm: by_seed for arm, by_seed in curves.items() if by_seed}
+    found = {arm: [seed for seed in seeds if arm_file(out, arm, seed).is_file()] for arm in ARMS}
+    return {arm: {seed: read_arm(arm_file(out, arm, seed)) for seed in of_arm} for arm, of_arm in found.items() if of_arm}
+
+
+def read_measures(out: Path, seeds: list[int]) -> list[dict[str, float]]:
+    """What make_models measured, per seed that has been begun."""
+    return [json.loads(path.read_text()) for seed in seeds if (path := out / "models" / f"seed-{seed}.json").is_file()]
 
 
 def table(out: Path, seeds: list[int]) -> str:
     """Three tables in Markdown: success by arm, differences at the last common update, and the models before training."""
-    curves, last = read_curves(out, seeds), SETTINGS.updates
-    columns = sorted({0, 20, 40, last, SETTINGS.long_updates})
-    lines = ["| arm | seeds | " + " | ".join(f"update {update}" for update in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    curves, measures, last = read_curves(out, seeds), read_measures(out, seeds), SETTINGS.updates
+    updates = sorted({0, 20, 40, last, SETTINGS.long_updates})
+    rows = [["arm", "seeds", *(f"update {update}" for update in updates)], ["---"] * (len(updates) + 2)]
     for arm, by_seed in curves.items():
-        shown = [[curve[u] for curve in by_seed.values() if u in curve] for u in columns]
-        cells = [interval(values) if values else "" for values in shown]
-        lines.append(f"| {arm} | {len(by_seed)} | " + " | ".join(cells) + " |")
-    lines += ["", f"| difference at update {last}, points | mean [95 % over seeds] | per seed |", "|---|---|---|"]
+        # An arm that is not long has no value at the last of the updates.
+        shown = [[curve[update] for curve in by_seed.values() if update in curve] for update in updates]
+        rows.append([arm, str(len(by_seed)), *(interval(values) if values else "" for values in shown)])
+    # Differences are taken seed by seed: the arms of a seed start from the same models and are tested on the same games.
+    curves["teacher"] = {of["seed"]: {last: of["teacher"]} for of in measures}
+    rows += [[], [f"difference at update {last}, points", "mean [95 % over seeds]", "per seed"], ["---"] * 3]
     for first, second in DIFFERENCES:
-        if curves.keys() >= {first, second} and curves[first].keys() & curves[second].keys():
-            common = [seed for seed in curves[first] if seed in curves[second]]
-            by_seed = [curves[first][seed][last] - curves[second][seed][last] for seed in common]
-            lines.append(f"| {first} − {second} | {interval(by_seed, '+')} | {', '.join(f'{100 * x:+.1f}' for x in by_seed)} |")
-    files = [path for seed in seeds if (path := out / "models" / f"seed-{seed}.json").is_file()]
-    if files:
-        lines += ["", "| player | from the start | after 3 turns of the early student | of the skilled student |", "|---|---|---|---|"]
-        measures = [json.loads(path.read_text()) for path in files]
-        for name in ("early", "skilled", "teacher", "states-teacher", "expert"):
-            keys = (name, f"{name} after early", f"{name} after skilled")
-            lines.append(f"| {name} | " + " | ".join(interval([by_seed[key] for by_seed in measures]) for key in keys) + " |")
-    return "\n".join(lines) + "\n"
+        a, b = curves.get(first, {}), curves.get(second, {})
+        by_seed = [a[seed][last] - b[seed][last] for seed in a if seed in b]
+        if by_seed:
+            rows.append([f"{first} − {second}", interval(by_seed, "+"), ", ".join(f"{100 * x:+.1f}" for x in by_seed)])
+    rows += [[], ["player", "from the start", "after 3 turns of the early student", "of the skilled student"], ["---"] * 4]
+    for name in ("early", "skilled", "teacher", "states-teacher", "expert"):
+        rows.append([name, *(interval([of[name + start] for of in measures]) for start in ("", " after early", " after skilled"))])
+    return "".join(f"| {' | '.join(cells)} |\n" if cells else "\n" for cells in rows)
 
 
 def draw(out: Path, seeds: list[int]) -> None:
     """OUT/atod.png: success against updates, a panel per student; thin lines are seeds, the dotted line is the teacher."""
-    curves = read_curves(out, seeds)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    curves, teacher = read_curves(out, seeds), mean([100 * of["teacher"] for of in read_measures(out, seeds)])
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for ax, student in zip(panels, ("skilled", "early")):
         for i, name in enumerate(name for name in curves if ARMS[name].student == student):
             of_arm = list(curves[name].values())
-            updates = sorted(of_arm[0])
-            label = f"{name} ({len(of_arm)} seeds)"
-            ax.plot(updates, [100 * mean([curve[u] for curve in of_arm]) for u in updates], color=f"C{i}", lw=2.2, label=label)
             for curve in of_arm:
-                ax.plot(updates, [100 * curve[u] for u in updates], color=f"C{i}", lw=0.5, alpha=0.5)
-        files = [path for seed in seeds if (path := out / "models" / f"seed-{seed}.json").is_file()]
-        if files:
-            ax.axhline(100 * mean([json.loads(path.read_text())["teacher"] for path in files]), color="k", ls=":", lw=1, label="teacher")
-        ax.set(title=f"{student} student", xlabel="update", ylim=(0, 100))
+                ax.plot(curve.keys(), [100 * value for value in curve.values()], color=f"C{i}", lw=0.5, alpha=0.5)
+            means = [100 * mean([curve[update] for curve in of_arm]) for update in of_arm[0]]
+            ax.plot(of_arm[0].keys(), means, color=f"C{i}", lw=2.2, label=f"{name} ({len(of_arm)} seeds)")
+        ax.axhline(teacher, color="k", ls=":", lw=1, label="teacher")
+        ax.set(title=f"{student} student", xlabel="update", ylabel="games won, %", ylim=(0, 100))
         ax.legend(fontsize=8, loc="upper left")
-    panels[0].set_ylabel("games won, %")
-    figure.tight_layout()
     figure.savefig(out / "atod.png", dpi=110)
     plt.close(figure)
 
@@ -644,21 +592,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     # Models this small gain nothing from a second thread.
     torch.set_num_threads(1)
-    seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
-    command = "python -m companions.atod " + " ".join(sys.argv[1:] if argv is None else argv)
+    seeds, config = list(range(args.seeds)) if args.seed is None else [args.seed], args.out / "config.json"
+    command = " ".join(["python -m companions.atod", *(sys.argv[1:] if argv is None else argv)])
     try:
-        config = {"command": command.strip(), "settings": asdict(SETTINGS), **runs.describe_machine("cpu")}
-        path = args.out / "config.json"
-        if path.is_file():
-            check_settings(path, runs.read_back(path, settings=dict)["settings"])
-        # As of the last start: an interrupted run may go on with other --arms or --seeds.
-        runs.replace_file(path, (json.dumps(config, indent=2) + "\n").encode())
-        for seed in seeds:
-            for arm in args.arms:
-                if arm_file(args.out, arm, seed).is_file():
-                    read_arm(arm_file(args.out, arm, seed))
-                else:
-                    run_arm(args.out, arm, seed)
+        # Everything in a folder is made with the same settings. The command is that of the last start.
+        if config.is_file():
+            check_settings(config, runs.read_back(config, settings=dict)["settings"])
+        described = {"command": command, "settings": vars(SETTINGS), **runs.describe_machine("cpu")}
+        runs.replace_file(config, (json.dumps(described, indent=2) + "\n").encode())
+        # What is there already is read first, so that a file that cannot be used is found before anything long.
+        known = read_curves(args.out, seeds)
+        for seed, arm in product(seeds, args.arms):
+            if seed not in known.get(arm, {}):
+                run_arm(args.out, arm, seed)
         text = table(args.out, seeds)
         runs.replace_file(args.out / "table.md", text.encode())
         draw(args.out, seeds)

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from companions import atod
 from conftest import gpt2
 from reinforce import clipped_objective, completion_logprobs, frozen_logprobs, full_logprobs, group_advantages
 
-TINY = replace(
-    atod.SETTINGS, updates=2, long_updates=4, tasks=2, group=4, eval_every=2, eval_games=4, demo_batch=8, student_width=16, teacher_width=24
-)
+
+def settings(**changed) -> SimpleNamespace:
+    """Those of the module, with some changed."""
+    return SimpleNamespace(**(vars(atod.SETTINGS) | changed))
+
+
+TINY = dict(updates=2, long_updates=4, tasks=2, group=4, eval_every=2, eval_games=4, student_width=16, teacher_width=24)
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_schedule_at_the_steps_of_the_paper():
     assert values[200][1] / values[200][0] == pytest.approx(20)
     # The arm without annealing has the averages over the annealing.
     average = torch.tensor([atod.annealed(step, horizon=1000) for step in range(1001)]).mean(0)
-    assert average.tolist() == pytest.approx(atod.SCHEDULES["constant"](0, 1000), abs=1e-6)
+    assert average.tolist() == pytest.approx(atod.FIXED_WEIGHTS["constant"], abs=1e-6)
 
 
 # The case study gives the extremes over the turns of one game: d from .019 to .228, h from .006 to .037.
@@ -249,12 +254,14 @@ def test_rollouts_of_games(models, games):
     # Playing the recorded actions again gives the recorded observations and rewards.
     rng = random.Random(3)
     for i in range(8):
-        game, text = atod.new_game(rng), []
+        game = atod.new_game(rng)
+        text = ["task", game.item, game.target, ">"]
         for k in range(int(turns[i].max()) + 1):
             action = [atod.WORDS[token] for token in rollouts.completion_ids[i][turns[i] == k].tolist()]
             text += [*action, *f"{game.step(tuple(action))} >".split()]
         assert game.over
-        real = rollouts.completion_mask[i].sum()
+        real = rollouts.prompt_ids.shape[1] + int(rollouts.completion_mask[i].sum())
+        # After the last action there is no observation.
         assert rollouts.texts[i].split() == text[:real]
         assert len(rollouts.texts[i].split()) == real
         assert game.won == rewards[i]
@@ -280,9 +287,41 @@ def test_same_seed_same_games(models):
 # Training and files
 
 
+@pytest.mark.parametrize("name", ["grpo", "opd", "atod"])
+def test_the_update_of_train(name, models, monkeypatch):
+    """The gradient of one update is that of -sum_t A_t log pi(a_t) over the student's tokens, divided by their number."""
+    student, teacher = models
+    played, gradients = [], []
+
+    def play(*args, original=atod.play, **options):
+        rollouts, turns, rewards = original(*args, **options)
+        # Random students hardly ever win, so every second game of the batch is rewarded instead.
+        played.append((rollouts, turns, torch.arange(len(rewards)).remainder(2).double()))
+        return played[-1]
+
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY))
+    monkeypatch.setattr(atod, "play", play)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.append([x.grad.clone() for x in parameters]))
+    before = copy.deepcopy(student)
+    atod.train(student, teacher.requires_grad_(False), atod.ARMS[name], 0, updates=1, lr=1e-3, test=lambda: 0.0, test_every=1, label="")
+    ((rollouts, turns, rewards),) = played
+    own, logprobs = turns >= 0, written_logprobs(before, rollouts)
+    delta = (written_logprobs(teacher, rollouts) - logprobs).detach()
+    # Groups of four with two rewards each. At the first step kappa and rho are 1.
+    advantages = (rewards - 0.5) / ((1 / 3) ** 0.5 + 1e-6)
+    w = atod.tdur_of_tokens(logprobs.detach(), logprobs.detach() + delta, turns) if name == "atod" else 1.0
+    weights = {"grpo": advantages[:, None], "opd": delta, "atod": w * delta + advantages[:, None]}[name]
+    expected = gradient(before, -(weights * logprobs)[own].sum() / own.sum())
+    found = torch.cat([x.flatten() for x in gradients[0]])
+    assert expected.abs().max() > 1e-2
+    assert (found - expected).abs().max() < 1e-10
+    # And the step was taken.
+    assert any((x != y).any() for x, y in zip(student.parameters(), before.parameters()))
+
+
 def test_training_follows_the_teacher(monkeypatch):
     """A few updates of OPD halve the divergence from a teacher whose weights are near the student's."""
-    monkeypatch.setattr(atod, "SETTINGS", replace(TINY, tasks=4))
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY | {"tasks": 4}))
     student, teacher = atod.make_model(16, seed=0), atod.make_model(16, seed=0)
     with torch.no_grad():
         teacher.get_input_embeddings().weight.add_(0.3 * torch.randn(len(atod.WORDS), 16, generator=torch.Generator().manual_seed(0)))
@@ -292,7 +331,7 @@ def test_training_follows_the_teacher(monkeypatch):
 
 
 def test_a_frozen_teacher_stays_and_training_stops_at_success(monkeypatch):
-    monkeypatch.setattr(atod, "SETTINGS", TINY)
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY))
     student, teacher = atod.make_model(16, seed=0), atod.make_model(24, seed=1)
     before = copy.deepcopy(teacher.state_dict())
     options = dict(updates=6, lr=1e-2, test_every=2, label="test")
@@ -311,20 +350,20 @@ def quick(monkeypatch):
 
     def make_models(seed):
         made.append(seed)
-        return {name: atod.make_model(width, seed).state_dict() for name, width in names.items()}, measures
+        return {name: atod.make_model(width, seed).state_dict() for name, width in names.items()}, measures | {"seed": seed}
 
-    monkeypatch.setattr(atod, "SETTINGS", TINY)
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY))
     monkeypatch.setattr(atod, "make_models", make_models)
     return made
 
 
 def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
     out = str(tmp_path)
-    arms = ["grpo", "atod", "early-opd"]
+    arms = ["atod", "early-opd"]
     atod.main(["--seeds", "2", "--out", out, "--arms", *arms])
     table = capsys.readouterr().out
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith(("| grpo", "| atod", "| early-opd"))] == [
-        "| grpo", "| atod", "| early-opd", "| atod − grpo"
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith(("| atod", "| early-opd"))] == [
+        "| atod", "| early-opd", "| atod − teacher"
     ]  # fmt: skip
     assert quick == [0, 1]
     assert (tmp_path / "table.md").read_text() + "\n" == table
@@ -336,7 +375,7 @@ def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
 
     # An interrupted run has all files but one. Only that one is made again, with the same content, from the kept models.
     path = tmp_path / "atod" / "seed-1.jsonl"
-    before, other = path.read_text().splitlines()[1:], tmp_path / "grpo" / "seed-0.jsonl"
+    before, other = path.read_text().splitlines()[1:], tmp_path / "early-opd" / "seed-0.jsonl"
     path.unlink()
     stamp = other.stat().st_mtime_ns
     atod.main(["--seeds", "2", "--out", out, "--arms", *arms])
@@ -348,13 +387,13 @@ def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"seed-1.jsonl cannot be read .*remove it"):
         atod.main(["--seeds", "2", "--out", out, "--arms", "atod"])
-    monkeypatch.setattr(atod, "SETTINGS", replace(TINY, lr=0.5))
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY, lr=0.5))
     with pytest.raises(SystemExit, match=r"config.json was made with lr = 0.001 instead of 0.5: choose another --out"):
         atod.main(["--out", out])
     # So are those of a single file of an arm.
     (tmp_path / "config.json").unlink()
-    with pytest.raises(SystemExit, match=r"grpo/seed-0.jsonl was made with lr = 0.001 instead of 0.5"):
-        atod.main(["--out", out, "--arms", "grpo"])
+    with pytest.raises(SystemExit, match=r"early-opd/seed-0.jsonl was made with lr = 0.001 instead of 0.5"):
+        atod.main(["--out", out, "--arms", "early-opd"])
 
 
 @pytest.mark.parametrize(
