@@ -18,20 +18,20 @@ that was written for it, but not the full text.
     kappa, rho   kappa, rho             the weights of teacher and reward
     w_k          turn_weights           the weight of the distillation in turn k, between 0 and 1
     k(t)         turns (B, C)           the turn in which token t was written
-    A_t          weights (B, C)         enters the clipped objective of GRPO; there is no KL term
+    A_t          weights (B, C)         enters the clipped objective of GRPO
 
 Worked example of (8), three quarters of the way to T. q = 0.75, kappa = 0.325 and rho = 1.75. A token that the teacher finds
 more likely by 0.4 nats, in a turn of weight 0.5 of a game with advantage -0.2, has A_t = 0.325 * 0.5 * 0.4 - 1.75 * 0.2 = -0.285.
 
-What is ours, and marked "Reconstruction:" below: the game, the models and how they are warmed up, all numbers in Settings but
-T-DUR's guards and the shape of the schedule, the weights of the arm without annealing, and the arms that ask why the order of
-the methods may differ. The paper trains language models of 0.6 to 4 billion parameters on ALFWorld, WebShop and Search-QA. Here
-students of 61,000 parameters play a game of 4 places. Nothing here measures what a pretrained model brings along.
+Reconstruction, marked so below: the game, the models and their warm-up, SETTINGS, the weights of the arm without annealing, and
+the arms that ask why the order of the methods may differ. The paper trains language models of 0.6 to 4 billion parameters on
+ALFWorld, WebShop and Search-QA. Here students of 61,776 parameters play a game of 4 places, so nothing here measures what a
+pretrained model brings along. There is no KL loss, and no KL term in the reward.
 
-What is reused. A game is one text with two authors, which is what Rollouts holds: the student writes the actions, and the game,
-in the place of the junior, the observations. So rollout.py (with p = 1, one call per turn), the log-probabilities, the group
-advantages and the clipped objective of reinforce.py serve unchanged. Its micro-batches are not needed for games of 32 tokens.
-A turn reads the whole game anew instead of keeping a cache across turns, because rollout.py begins with a prompt.
+Reuse. A game is one text with two authors, which is what Rollouts holds: the student writes the actions, and the game, in the
+place of the junior, the observations. So rollout.py (with p = 1, one call per turn), the log-probabilities, the group advantages
+and the clipped objective of reinforce.py serve unchanged. Micro-batches are not needed for games of about 30 tokens. A turn reads
+the whole game anew, instead of keeping a cache across turns, because rollout.py begins with a prompt.
 
     python -m companions.atod --seeds 5        every arm, the table and the figure, in runs/companions/atod
 """
@@ -320,7 +320,8 @@ class Arm:
 
 
 # The paper's comparison, with a student that has the skills of the game and plays badly. Then the same with a student of about the
-# same success that lacks a skill: it does not heed its task. Its arms ask why distillation may fail.
+# same success that lacks a skill: it does not heed its task. Its arms ask why distillation may fail: is it the student, a teacher
+# that is weak in the student's states, or too few updates?
 ARMS = {
     "grpo": Arm("reward"),
     "opd": Arm("teacher"),
@@ -329,7 +330,6 @@ ARMS = {
     "atod-no-tdur": Arm("annealed"),
     "early-grpo": Arm("reward", student="early", long=True),
     "early-opd": Arm("teacher", student="early", long=True),
-    "early-atod": Arm("annealed", tdur=True, student="early"),
     "early-opd-states": Arm("teacher", student="early", teacher="states-teacher"),
 }
 
@@ -514,7 +514,7 @@ def run_arm(out: Path, name: str, seed: int) -> None:
 
 DIFFERENCES = [("opd", "grpo"), ("atod", "grpo"), ("atod", "opd"), ("atod", "atod-constant"), ("atod", "atod-no-tdur")]
 DIFFERENCES += [("grpo", "teacher"), ("opd", "teacher"), ("atod", "teacher")]
-DIFFERENCES += [("early-opd", "early-grpo"), ("early-atod", "early-opd"), ("early-opd-states", "early-opd")]
+DIFFERENCES += [("early-opd", "early-grpo"), ("early-opd-states", "early-opd")]
 
 
 def interval(values: list[float], sign: str = "") -> str:
