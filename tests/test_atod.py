@@ -392,7 +392,7 @@ def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
         atod.main(["--out", out])
     # So are those of a single file of an arm.
     (tmp_path / "config.json").unlink()
-    with pytest.raises(SystemExit, match=r"early-opd/seed-0.jsonl was made with lr = 0.001 instead of 0.5"):
+    with pytest.raises(SystemExit, match=r"atod/seed-0.jsonl was made with lr = 0.001 instead of 0.5"):
         atod.main(["--out", out, "--arms", "early-opd"])
 
 
