@@ -7,9 +7,10 @@ import pytest
 
 from lab import curves, figures
 from run_gsm8k import SETTINGS
+from tandem import SCHEDULES
 
 HERE = Path(__file__).parent.parent
-TINY = HERE / "results" / "tiny"
+TINY, SMOL = HERE / "results" / "tiny", HERE / "results" / "smol"
 READMES = {path: path.read_text(encoding="utf-8") for path in (HERE / "README.md", HERE / "results" / "README.md")}
 README, RESULTS = READMES.values()
 
@@ -29,10 +30,21 @@ def test_tables_are_those_of_the_results(setting):
     assert [row for row in rows if row not in RESULTS] == []
 
 
+def test_tables_of_the_taught_model_are_those_of_the_results():
+    runs = curves.read_runs(SMOL, figures.arms_in(SMOL))
+    trained = {arm: seeds for arm, seeds in runs.items() if seeds[0][-1]["update"] > 0}
+    # Arms with the same schedule have the same handoffs before training, so the table names one of them.
+    schedules = {arm: seeds for arm, seeds in runs.items() if arm == "tandem" or arm in SCHEDULES}
+    rows = [*figures.table(trained).splitlines(), *figures.table_of_handoffs(SMOL, schedules).splitlines()]
+    assert len(trained) >= 2
+    assert len(schedules) == len(SCHEDULES)
+    assert [row for row in rows if row not in RESULTS] == []
+
+
 def test_percentages_are_those_of_the_results():
     """Every "97.8 % [96.3, 98.7]" is what some arm has measured at some update."""
     measured = set()
-    for folder in (TINY, *(HERE / "results" / "smol" / "untaught" / name for name in ("generated", "gsm8k"))):
+    for folder in (TINY, SMOL, *(SMOL / "untaught" / name for name in ("generated", "gsm8k"))):
         for seeds in curves.read_runs(folder, figures.arms_in(folder)).values():
             languages = [f"languages.{code}" for code in figures.languages_written(seeds)]
             for who in ("senior", "tandem", "junior"):
