@@ -170,7 +170,7 @@ LOGITS_AT_ONCE = 2**24  # logits per chunk: 64 MB per copy in float32
 def completion_logprobs(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature: (B, C), zero at padding, differentiable."""
     ids, mask, position_ids = _model_inputs(rollouts)  # (B, P+C) each
-    # Under LoRA the causal language model is inside a PeftModel. Its base_model is everything but the output layer.
+    # Under LoRA the causal language model is inside a PeftModel. The causal model's base_model is all but its output layer.
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Log-probabilities were already recorded during sampling, but without a gradient, so the senior reads the text again.
     hidden = causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]

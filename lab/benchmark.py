@@ -57,13 +57,13 @@ METHODS = ("generate", "plain", "solo", "tandem")
 
 def measure_tiny(args: argparse.Namespace, device: str) -> list[dict]:
     base = str(tiny.FOLDER)
-    pair = models.load_pair(base, base, rank=16, four_bit=False, device=device)
+    pair = models.load_pair(base, base, rank=16, four_bit=False, device=device, bfloat16=device != "cpu")
     row = report_rollouts("tiny", pair, batch=152, steps=112, repeats=args.repeats, methods=(*METHODS, "ending"))
     return [row, *report_lengths("tiny", pair, batch=32, repeats=min(args.repeats, 3))]
 
 
 def measure_smol(args: argparse.Namespace, device: str) -> list[dict]:
-    pair = models.load_pair(args.smol, args.smol, rank=16, four_bit=False, device=device)
+    pair = models.load_pair(args.smol, args.smol, rank=16, four_bit=False, device=device, bfloat16=device != "cpu")
     rows = [report_rollouts("SmolLM2-135M", pair, batch, steps=32, repeats=args.repeats) for batch in (16, 64)]
     return rows + report_lengths("SmolLM2-135M", pair, batch=2, repeats=1)
 

@@ -49,17 +49,16 @@ def load_tokenizers(senior: str, junior: str) -> list:
 
 
 def load_pair(
-    senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False, bfloat16: bool | None = None
+    senior: str, junior: str, *, rank: int, four_bit: bool, device: str, checkpointing: bool = False, bfloat16: bool = False
 ) -> Pair:
     """Load the pair, the senior under a fresh adapter, which changes nothing until it is trained.
 
-    bfloat16: of the base weights, instead of float32. The default is bfloat16 on an accelerator only.
+    bfloat16: the type of the base weights, instead of float32.
 
     Raises ValueError for a missing or incomplete checkpoint, for two that differ in tokenizer or logit width, for a pair
     without an end token, and for an architecture that rollout.py or reinforce.py would get wrong.
     """
     tokenizers = load_tokenizers(senior, junior)
-    bfloat16 = device != "cpu" if bfloat16 is None else bfloat16
     base = load_model(senior, four_bit, device, bfloat16)
     other = base if senior == junior else load_model(junior, four_bit, device, bfloat16)
 

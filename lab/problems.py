@@ -50,6 +50,20 @@ def plain(solution: str) -> str:
     return ANNOTATION.sub("", solution)
 
 
+# "<<12-5=7>>" gives ("12-5", "7").
+SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
+
+
+def skip_last_step(lines: list[str]) -> list[str]:
+    """The lines of an annotated solution of two or more steps, without the last one: the answer is the result of the step before.
+
+    >>> skip_last_step(["She buys 4: 3+4=<<3+4=7>>7.", "She sells 5: 7-5=<<7-5=2>>2.", "#### 2"])
+    ['She buys 4: 3+4=<<3+4=7>>7.', '#### 7']
+    """
+    _, previous_result = SUM.findall("\n".join(lines))[-2]
+    return [*lines[:-2], f"#### {previous_result}"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # GSM8K
 

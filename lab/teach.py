@@ -30,7 +30,7 @@ from pathlib import Path
 from lab import models, parallel, runs
 from lab import problems as tasks
 from lab.specialist import fine_tune
-from lab.tiny import SUM, checkpoint, identity
+from lab.tiny import checkpoint, identity
 
 SKIPS = 0.2
 GERMAN = 0.3
@@ -59,22 +59,11 @@ def plain_solutions(args: argparse.Namespace) -> list[tuple[str, str]]:
     # The third argument is a seed, far from those of training and of specialists.
     for problem in tasks.generate(n, "train", 2 * 10**6, tasks.WORLDS[args.problems]):
         language = "de" if rng.random() < GERMAN else "en"
-        solution = problem.solutions[language]
+        lines = problem.solutions[language].split("\n")
         if rng.random() < SKIPS:
-            solution = skip_last_step(solution)
-        texts.append((tasks.prompt(problem.question, language), tasks.plain(solution)))
+            lines = tasks.skip_last_step(lines)
+        texts.append((tasks.prompt(problem.question, language), tasks.plain("\n".join(lines))))
     return texts
-
-
-def skip_last_step(solution: str) -> str:
-    """An annotated solution whose answer is the result of the step before the last.
-
-    >>> skip_last_step("She buys 4: 3+4=<<3+4=7>>7.\\nShe sells 5: 7-5=<<7-5=2>>2.\\n#### 2")
-    'She buys 4: 3+4=<<3+4=7>>7.\\n#### 7'
-    """
-    # Every generated solution has two steps or more. SUM finds the expression and the result of each.
-    _, previous_result = SUM.findall(solution)[-2]
-    return "\n".join([*solution.split("\n")[:-2], f"#### {previous_result}"])
 
 
 def make_base(args: argparse.Namespace) -> None:

@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import json
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab.flags import number
-from lab.problems import LANGUAGES, generate, plain, prompt
+from lab.problems import LANGUAGES, SUM, generate, plain, prompt, skip_last_step
 from lab.runs import Refused, describe_machine
 from lab.specialist import fine_tune
 
@@ -47,8 +46,6 @@ SKIPS = 0.3
 DRILLS = 0.15
 STEPS, BATCH, LR = 850, 64, 3e-3
 ARCHITECTURE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
-# "<<12-5=7>>" gives ("12-5", "7").
-SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
 
 
 def checkpoint(name: str) -> str:
@@ -119,9 +116,7 @@ def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
             start, other = rng.randrange(len(lines)), rng.choice(LANGUAGES)
             lines[start:] = problem.solutions[other].split("\n")[start:]
         if rng.random() < SKIPS:
-            # Leave out the last step: the answer is then the result of the step before.
-            _, previous_result = SUM.findall(problem.solutions["en"])[-2]
-            lines[-2:] = [f"#### {previous_result}"]
+            lines = skip_last_step(lines)
         solution = "\n".join(lines)
         texts.append((prompt(problem.question, language), solution if rng.random() < annotated else plain(solution)))
     return texts
