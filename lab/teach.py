@@ -32,8 +32,9 @@ from lab import problems as tasks
 from lab.specialist import fine_tune
 from lab.tiny import checkpoint, identity
 
-SKIPS = 0.2
-GERMAN = 0.3
+# Of the generated solutions, the share without the last step, and the share in German.
+SKIPS, GERMAN = 0.2, 0.3
+# Solutions per step, learning rate, and rank of the adapter that is merged in the end.
 BATCH, LR, RANK = 16, 1e-3, 16
 
 
