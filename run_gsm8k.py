@@ -6,12 +6,13 @@
     python run_gsm8k.py --setting control               # what removes the jargon: the reward, or imitation of the junior?
     python run_gsm8k.py --setting sweep                 # the weights of wrong rollouts and of the junior's tokens (Appendix E)
     python run_gsm8k.py --setting pressure              # GRPO on the senior's tokens only: does the reward alone remove jargon?
+    python run_gsm8k.py --setting pressure-language     # the same for two language pairs
     python run_gsm8k.py --setting rlvr                  # Tandem RL (Jiao et al., 2026): both models start from the same base
     python run_gsm8k.py --setting all --seeds 3         # everything, as in results/tiny; continue with --resume
 
 Without a GPU these commands use the tiny preset, which needs no download. With a GPU they use the first paper's pair, two
-Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. --preset smol has a pretrained model of 135
-million parameters, for a laptop and some hours.
+Llama-2-7B models in 4 bits, on the real GSM8K; add --preset tiny for the tiny one. --preset smol uses a pretrained model of 135
+million parameters: a few hours on a laptop.
 
 One update (`train` below), with B rollouts of C tokens; x are the prompts, y_t is token t:
 
@@ -112,9 +113,9 @@ ARMS: dict[str, dict] = {
     # Tandem RL: senior and junior begin as the same model, and the rollouts are the only difference between the first two.
     "rlvr-tandem": RLVR,
     "rlvr-solo": RLVR | {"solo": True},
-    # Two controls: solo training that is held near the junior, and solo training with 16 rollouts per problem instead of 8, since
-    # two models sample every token of a tandem rollout.
-    # The coefficient is far above that of Jiao et al., 0.001, which would hardly be felt in 60 updates.
+    # Two controls: solo training with a KL penalty toward the junior, and solo training with 16 rollouts per problem instead of
+    # 8, which cost as many samples as tandem rollouts, where two models sample every token.
+    # The coefficient is far above the 0.001 of Jiao et al., which would hardly matter in 60 updates.
     "rlvr-solo-kl": RLVR | {"solo": True, "kl": 0.5},
     "rlvr-solo-16": RLVR | {"solo": True, "rollouts_per_prompt": 16, "batch_factor": 2},
 }
@@ -191,12 +192,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--temperature", type=positive, default=0.7, help="temperature of sampling and of scoring")
     group.add_argument("--max-new-tokens", type=count, default=112, help="maximum length of a completion")
     group.add_argument("--batch", type=count, default=152, help="rollouts per update")
-    group.add_argument("--rollouts-per-prompt", type=count, help="rollouts per prompt (default: 2, or 8 with GRPO, whose group they are)")
+    group.add_argument("--rollouts-per-prompt", type=count, help="rollouts per prompt, the group size of GRPO (default: 2, or 8 with GRPO)")
     group.add_argument("--rollout-batch", type=count, default=200, help="rollouts in memory at a time")
     group = parser.add_argument_group("update")
-    group.add_argument(
-        "--algorithm", choices=("reinforce", "grpo"), default="reinforce", help="weights of rollouts and loss, see reinforce.py"
-    )
+    group.add_argument("--algorithm", choices=("reinforce", "grpo"), default="reinforce", help="what is optimised, see reinforce.py")
     group.add_argument("--updates", type=number(int, 0), help="updates per run, 0 to evaluate only (default by arm: 28, 40, 60 or 80)")
     group.add_argument("--lr", type=rate, default=1e-3, help="learning rate of AdamW")
     group.add_argument("--wrong-weight", type=number(float, -1, 0), default=0.0, help="c, the weight of wrong rollouts (REINFORCE)")
@@ -204,8 +203,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--junior-weight", type=number(float, 0, 1), help="j, the weight of the junior's tokens (default: 1, or 0 with GRPO)"
     )
     group.add_argument("--inner-steps", type=number(int, 1, 100), default=1, help="optimizer steps per batch (GRPO)")
-    group.add_argument("--clip-ratio", type=number(float, 0, 1, above=True), default=0.2, help="e, the bound of the ratio (GRPO)")
-    group.add_argument("--kl", type=number(float, 0, 100), default=0.0, help="beta, the weight of the divergence from the junior (GRPO)")
+    group.add_argument("--clip-ratio", type=number(float, 0, 1, above=True), default=0.2, help="e, the clipping range of the ratio (GRPO)")
+    group.add_argument("--kl", type=number(float, 0, 100), default=0.0, help="beta, the coefficient of the KL penalty (GRPO)")
     group.add_argument("--rewards", choices=("true", "shuffled"), default="true", help="shuffled: permuted among the rollouts of a batch")
     group.add_argument("--clip", type=positive, default=1.0, help="maximum norm of the gradient")
     group.add_argument("--micro-tokens", type=count, default=8192, help="tokens per forward pass of the update, prompts included")
@@ -221,12 +220,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # The preset is read first, so that --help shows its defaults. (An unknown one is reported by the real parser.)
     only_preset.add_argument("--preset", default=parser.get_default("preset"))
     parser.set_defaults(**PRESETS.get(only_preset.parse_known_args(argv)[0].preset, {}))
-    # Solo training is set by arms only. As a flag, --solo would turn a tandem arm into another one.
+    # Only arms set solo training. A flag --solo would turn a tandem arm into a solo one under the same name.
     parser.set_defaults(solo=False)
     args = parser.parse_args(argv)
     if args.bfloat16 is None:
         args.bfloat16 = args.device != "cpu"
-    # Checks beyond the range of a single flag, which its type has checked.
+    # Checks of several flags together. The range of each one was checked by its type.
     flags.check_arms(parser, args, arms_of(args.setting))
     args.jobs = flags.number_of_jobs(parser, args, len(runs_of(args)))
     flags.check_together(parser, argv, args, runs_of(args), ARMS)
@@ -278,7 +277,7 @@ def flags_of_run(args: argparse.Namespace, arm: str, seed: int, **more) -> argpa
 
 @runs.ends_if_it_diverges
 def train(args: argparse.Namespace, pair: Pair) -> None:
-    """One run of one arm and seed. Leaves the files that lab/runs.py describes, and continues them with --resume."""
+    """One run of one arm and seed. Writes the files that lab/runs.py describes; with --resume, continues them."""
     problems, held_out = tasks.load_problems(args)
     make_specialist(args, pair)
     parallel.begin_run()
@@ -353,10 +352,10 @@ def generate(
 ) -> Rollouts:
     """One rollout per problem. The same seed gives the same rollouts.
 
-    schedule: another one than --handoff. alternate: senior and junior take turns, the senior first, instead of tossing coins.
+    schedule: overrides --handoff. alternate: senior and junior take turns, the senior first, instead of tossing coins.
 
     Seeds are seed * 10**6 + update in training, and 10**9 + seed and more in evaluations, so that the batches of a run never
-    share their random numbers with each other or with its evaluations. (Seeds are at most 999, so that the former stay below.)
+    share their random numbers with each other or with its evaluations. (Seeds are at most 999, so that those of training stay below 10**9.)
     """
     # Random numbers belong to rows of the whole batch, so the rollouts do not depend on the number of processes.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
@@ -371,11 +370,13 @@ def generate(
         max_rows=args.rollout_batch, truncate_at=tasks.STOP, schedule=schedule or args.handoff, p=p, temperature=args.temperature
     )
     mine = rollout_in_chunks(pair, *prompts, noise[:, :, rows], coins[:, rows], **options)
+    memory.release_freed()
     return join(parallel.gather(mine.to("cpu"))).to(args.device)
 
 
 def finish_update(row: dict, args: argparse.Namespace, pair: Pair, optimizer, held_out: list[tasks.Problem]) -> None:
     """Evaluate if an evaluation is due, then print and append the row, and last of all save the checkpoint."""
+    memory.release_freed()
     if row["update"] % args.eval_every == 0 or row["update"] == args.updates:
         started = time.time()
         row["eval"] = evaluate(row["update"], args, pair, held_out)

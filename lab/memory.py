@@ -26,9 +26,12 @@ machine only, not what other programs use of it, and not on Windows.) The limit 
 """
 
 import argparse
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil  # comes with peft
@@ -93,6 +96,18 @@ def free_memory(on_gpu: bool) -> float:
         return torch.cuda.mem_get_info()[0]
     # torchrun says how many processes share the machine.
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the operating system (Linux with glibc; elsewhere this does nothing).
+
+    glibc keeps freed blocks of up to 32 MiB for later allocations, and key-value caches consist of such blocks. As their sizes
+    differ from batch to batch, the old blocks often do not fit, and a run would grow to several times its plan.
+    """
+    if sys.platform == "linux":
+        # Other C libraries, such as musl, have no malloc_trim.
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def longest_prompt(runs: list[argparse.Namespace], tokenizers: list) -> int:

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,3 +225,24 @@ def test_runs_at_a_time_share_the_memory_and_the_largest_batch_counts(base_folde
     assert half == fit_to_memory(flags(), base_folder, base_folder, [], [])
     with pytest.raises(ValueError, match="more than the budget"):
         fit_to_memory(flags(), base_folder, base_folder, [flags(batch=10**5)], [])
+
+
+# glibc keeps blocks like these, because a block of the same size was freed before, and small ones between them are in use.
+HOARD = """
+import lab, psutil, torch
+from lab.memory import release_freed
+torch.ones(5 * 2**20)
+blocks = [(torch.ones(5 * 2**20), torch.ones(2**16)) for _ in range(20)]
+blocks = [small for large, small in blocks]
+before = psutil.Process().memory_info().rss
+release_freed()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to release memory")
+def test_freed_memory_is_released():
+    root = Path(__file__).parents[1]
+    released = subprocess.run([sys.executable, "-c", HOARD], cwd=root, capture_output=True, text=True, check=True).stdout
+    # The twenty blocks are 400 MiB, of which the C library may have released some by itself.
+    assert int(released) > 200 * 2**20
