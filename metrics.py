@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Metrics of a single solution
 
 
-# An annotation, or the half of one that a handoff has left. For another kind of jargon, change this, and `annotated_solutions`
+# An annotation, or half of one that a handoff has cut in two. To study another jargon, change this and `annotated_solutions`
 # in lab/specialist.py, which teaches it.
 JARGON = re.compile(r"<<[^\n]*?>>|<<|>>")
 
@@ -61,12 +61,12 @@ NOT_WORDS = re.compile(r"<<[^\n]*?>>|[^\w\s']|[\d_]")
 
 
 def language_of(text: str, languages: Sequence[str]) -> str:
-    """The one of `languages` (ISO 639-1 codes) in which the words of a text are most likely written, or "none".
+    """The most likely of `languages` (ISO 639-1 codes) for the words of a text, or "none" if it has no words.
 
     Numbers, punctuation and annotations are removed first, because they belong to no language. Raises ValueError for a
     code that py3langid does not know (it would silently leave that language out of its ranking).
     """
-    # Open in paper: the tool for language identification. This one is ours.
+    # Open in paper: how languages are identified. We use py3langid.
     import py3langid  # imported here because it loads a model, which takes a second
 
     words = " ".join(NOT_WORDS.sub(" ", text).split())
@@ -111,7 +111,7 @@ def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict:
         expressions = [match.span() for match in EXPRESSION.finditer(whole)]
         position = 0
         for _, text in spans[:-1]:
-            # There is a handoff at the end of every span but the last. At either edge of an expression it is not inside.
+            # There is a handoff at the end of every span but the last. The edges of an expression do not count as inside.
             position += len(text)
             total += 1
             inside += any(start < position < end for start, end in expressions)
@@ -151,7 +151,7 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
 def distance_from_junior(
     senior: torch.Tensor, junior: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, temperature: float
 ) -> dict[str, torch.Tensor]:
-    """What separates the two models on solutions that the senior wrote: three means over the tokens of a solution, (B,), in nats.
+    """How far the models differ on solutions that the senior wrote: three means over the tokens of a solution, (B,), in nats.
 
     senior, junior: log-probabilities of the whole vocabulary before every token, at temperature 1, (B, C, V). ids, mask:
     (B, C). temperature: that of sampling, at which the two distributions are compared.
@@ -165,7 +165,7 @@ def distance_from_junior(
         return logprobs.gather(2, ids[:, :, None])[:, :, 0]  # (B, C)
 
     # Open in paper: how the distance from the junior was measured.
-    # Log-probabilities are logits up to a constant, so dividing them by the temperature gives the same distribution.
+    # Log-probabilities are logits up to a constant, so they can be divided by the temperature instead.
     s, j = ((logprobs / temperature).log_softmax(-1) for logprobs in (senior, junior))  # (B, C, V) each
     per_token = {
         "legibility": -of_written(junior),
@@ -177,7 +177,7 @@ def distance_from_junior(
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """Unbiased estimate, from n solutions of which `right` are right, that at least one of k solutions is right (Chen et al., 2021).
+    """Unbiased estimate of pass@k, the probability that one of k solutions is right, from `right` of n (Chen et al., 2021).
 
     That is 1 minus the probability that k of the n, drawn without replacement, are all wrong. Raises ValueError unless
     0 <= right <= n and 1 <= k <= n.
@@ -197,15 +197,15 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 def bootstrap_interval(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.sum, resamples: int = 2000) -> tuple[float, float]:
     """A 95 % bootstrap interval that accounts for the differences between seeds and for the sampling of problems.
 
-    values: (S, N, K), the K measures of each of N problems under each of S seeds; every seed has problems of its own. In each
+    values: (S, N, K): K measures on each of N problems for each of S seeds; every seed has its own problems. In each
     resample, S seeds are drawn with replacement, and N problems of each of them. `statistic` maps the means of the K measures,
     (K,), to a number; the default suits K = 1. The interval runs from the 2.5 % to the 97.5 % quantile of these numbers.
 
     The measures of a problem are drawn together. To compare two arms problem by problem, pass them as K = 2 measures, with the
     difference of their means as `statistic`.
 
-    Deterministic. With few seeds its coverage is not exactly 95 %: where seeds differ much it is too narrow, and where they
-    hardly differ too wide, because the sampling of problems enters twice (with three seeds, it can be 0.8 or 1.3 times as wide
+    Deterministic. With few seeds its coverage is not exactly 95 %: it is too narrow if seeds differ a lot, and too wide
+    if they hardly do, because the sampling of problems enters twice (with three seeds, it can be 0.8 or 1.3 times as wide
     as it should). seed_interval does not have this fault. Raises ValueError without seeds, problems or measures.
 
     >>> bootstrap_interval(np.ones((3, 4, 1)))
@@ -229,7 +229,7 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def seed_interval(by_seed: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval for the mean of a number that was measured once per seed, such as the difference of two arms.
 
-    The differences between seeds contain the sampling of problems too, so both are in the interval. Raises ValueError for
+    The differences between seeds include the sampling of problems, so the interval covers both. Raises ValueError for
     fewer than 2 or more than 10 seeds.
 
     >>> [round(bound, 2) for bound in seed_interval([1.0, 2.0, 3.0])]

@@ -7,9 +7,9 @@ their Appendix E):
     w(y) = r + c * (1 - r)               1 for a right rollout, c for a wrong one                      (2)
     m_t  = 1 if the senior wrote y_t, else j                                                           (3)
 
-with respect to the senior's weights: the average over sampled y, differentiated with y and its reward held fixed. The senior
-computes the log-probability of every token, also of the junior's, under its own prompt. (We know both papers, and this
-appendix, from secondary sources, see run_gsm8k.py.)
+with respect to the senior's parameters, averaged over sampled y, with y and its reward held fixed. The senior scores every
+token, including the junior's, under its own prompt. (We know both papers, and this appendix, from secondary sources, see
+run_gsm8k.py.)
 
 GRPO (Tandem RL: Jiao et al., 2026) compares a rollout with the others of its problem. With G rollouts y_1 ... y_G per
 problem and their rewards r_1 ... r_G, it follows the gradient of
@@ -21,8 +21,8 @@ problem and their rewards r_1 ... r_G, it follows the gradient of
     d_t = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(y_t | x_senior, y_<t)
 
 where pi_old is the senior that wrote the rollouts. In the first step on a batch rho_t = 1, and the gradient of (5) is that of
-(1) with A instead of w. In Tandem RL only the tokens that the senior wrote enter the loss, j = 0. To hold a senior near its
-junior (one of the controls of Tandem RL), beta * k3_t is subtracted from (5) for every token that the senior wrote.
+(1) with A instead of w. In Tandem RL only the senior's tokens enter the loss (j = 0). One of its controls adds a KL penalty
+that holds the senior near its junior: beta * k3_t is subtracted from (5) for every token of the senior.
 
     symbol          variable            meaning
     c               wrong_weight        0 discards wrong rollouts (the paper's main runs); below 0 makes them less likely
@@ -35,7 +35,7 @@ junior (one of the controls of Tandem RL), beta * k3_t is subtracted from (5) fo
     log pi_old      old_logprobs (B, C) without
     G               group_size          rollouts per problem
     e               clip_ratio          the ratio is clipped to [1 - e, 1 + e]
-    beta            args.kl             the weight of the divergence from the junior
+    beta            args.kl             the coefficient of the KL penalty
 
 Worked example of (1) with c = -0.4 and j = 0.3. A right rollout of three tokens, by senior, junior and senior, has the
 weights 1, 0.3 and 1. A wrong one of two, by junior and senior, has -0.4 * 0.3 = -0.12 and -0.4. Of (4): if one of 8
@@ -74,10 +74,10 @@ def outcome_weights(rewards: torch.Tensor, wrong_weight: float) -> torch.Tensor:
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """GRPO: A of equation (4) for every rollout, (B,). Every `group_size` neighbours are rollouts of the same problem.
+    """GRPO: A of equation (4) for every rollout, (B,). Each run of `group_size` consecutive rollouts shares a problem.
 
-    If all rewards of a group are equal, there is nothing to prefer, and its advantages are 0. Raises ValueError
-    for a group of one, whose advantage could only be 0, or if B is no multiple of the group.
+    If all rewards of a group are equal, its advantages are 0. Raises ValueError if group_size is 1, so that all advantages
+    would be 0, or if it does not divide B.
 
     >>> group_advantages(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]), group_size=8)[:2]
     tensor([ 2.4749, -0.3536])
@@ -108,10 +108,10 @@ def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> 
 def clipped_objective(logprobs: torch.Tensor, old_logprobs: torch.Tensor, weights: torch.Tensor, clip_ratio: float) -> torch.Tensor:
     """GRPO: the terms of equation (5), (B, C), for weights A(y) * m_t.
 
-    logprobs: the senior's, with a gradient. old_logprobs: those of the senior that wrote the rollouts, without. The
-    minimum commutes with the factor m_t, which is not negative.
+    logprobs: the senior's, with a gradient. old_logprobs: those of the senior that wrote the rollouts, without. As
+    m_t is not negative, it may stand inside the minimum.
     """
-    # Where the weight is 0, an overflow of the ratio would make 0 * inf, which is not a number.
+    # Where the weight is 0, a ratio that overflows would give 0 * inf = NaN.
     log_ratio = (logprobs - old_logprobs).masked_fill(weights == 0, 0.0)
     ratio = log_ratio.exp()
     return torch.minimum(ratio * weights, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weights)
@@ -124,7 +124,7 @@ def kl_estimate(logprobs: torch.Tensor, junior_logprobs: torch.Tensor, mask: tor
     Divergence"). Its gradient, with the tokens held fixed, averages to that of KL(junior || senior), which has the same
     minimum.
     """
-    # Where the mask is 0, an overflow of the ratio would make 0 * inf, which is not a number.
+    # Where the mask is 0, a ratio that overflows would give 0 * inf = NaN in the loss.
     log_ratio = (junior_logprobs - logprobs).masked_fill(mask == 0, 0.0)
     return torch.expm1(log_ratio) - log_ratio
 
@@ -201,7 +201,7 @@ class FrozenOutputLayer(torch.autograd.Function):
 
     The gradient with respect to h is W^T (onehot(y) - softmax(W h / T)) / T. Each output depends on its own state only, and
     everything that this expression needs is available during the forward pass. So the gradient is computed there, a chunk
-    of states at a time, and N * H numbers are stored instead of N * V. Unlike under checkpointing, nothing is computed twice.
+    of states at a time, and N * H numbers are stored instead of N * V. Unlike with checkpointing, nothing is recomputed.
     The states of a model that is not trained, such as the junior, need no gradient, and none is computed.
     """
 

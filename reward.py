@@ -12,12 +12,12 @@ Every reference solution of GSM8K ends with "####" and the answer, such as "####
 same. After the mark the answer comes first, perhaps followed by a unit or a remark. Without the mark, as from a chat
 model, intermediate results come first and the answer last.
 
-Numbers are read by their shape, since a junior may write in another language than the reference: 1,500.50 in English,
+Numbers are read by their shape, since the junior's language may differ from the reference's: 1,500.50 in English,
 1.500,50 in German and 1 500,50 in French (the space must be a no-break space, except after "####") are the same number. One
 to three digits that do not start with 0, followed by groups of exactly three, are read as thousands. Otherwise what follows
 a single separator is the decimal part. Some numbers stay ambiguous: "2.125" is read as 2125, in English too, and a lone
-"1,2" as 1.2, although it may be a list of two items. The reference is read by the same rules, so identical strings always
-compare as equal; only a value that is written in two ways can be misjudged.
+"1,2" as 1.2, although it may be a list of two items. The reference is read by the same rules, so identical spellings always
+compare as equal; only different spellings can be misjudged.
 
 The verifier does not understand units, fractions such as "1/2" (which it reads as two numbers), scientific notation or
 numbers written out as words. It does not check the steps of a solution. `# Open in paper:` marks a choice that our sources
@@ -31,9 +31,9 @@ from collections import deque
 # digits; each alternative scans a run of digits at most once, so matching takes linear time.
 NUMBER = re.compile(
     # A minus (ASCII or typographic) directly after a digit, a closing bracket or a point is a subtraction or range, not a sign.
-    # It may also follow the currency sign: $-5.
+    # The sign may also follow the currency symbol: $-5.
     r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212]?))?("
-    # Groups of three digits between equal separators (comma, point, no-break space), then perhaps the other decimal mark.
+    # Groups of three digits between equal separators (comma, point, no-break space), then perhaps a decimal part after a different mark.
     r"[0-9]{1,3}([.,\u00a0\u202f])[0-9]{3}(?:\4[0-9]{3})*(?![0-9])(?:(?!\4)[.,][0-9]+)?"
     # A decimal part after a point; or after a comma, unless this is a list of three or more items such as "1,2,3".
     r"|[0-9]+\.[0-9]+|(?<![0-9],)[0-9]+,[0-9]+(?![0-9]|,[0-9])"
@@ -45,7 +45,7 @@ NUMBER = re.compile(
 def final_number(text: str) -> str | None:
     """The final number of a solution in normal form, or None if it has none. Works on any string, in linear time.
 
-    Equal numbers are equal strings, without rounding or overflow: currency symbols, thousands separators, leading zeros and
+    Equal numbers give equal strings, without rounding or overflow: currency symbols, thousands separators, leading zeros and
     trailing zeros of the decimal part are removed.
 
     >>> [final_number(text) for text in ("#### $1,000.50", "das sind 1.000,50 Euro", "so 48-5 is 43", "#### 18.00", "none")]
@@ -57,7 +57,7 @@ def final_number(text: str) -> str | None:
     after = re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", "\u202f", after)
     match = NUMBER.search(after) if mark else None
     if match is None:
-        # Open in paper: what to do without a number after "####". The last number of the whole text counts, as is usual for
+        # Open in paper: what to do if no number follows "####". The last number of the whole text counts, as is usual for
         # chat models. The deque runs through all matches and keeps the last one, in constant memory.
         match = next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
     return None if match is None else _normal_form(match)
@@ -67,8 +67,8 @@ def _normal_form(match: re.Match) -> str:
     sign, sign_after_currency, body, _ = match.groups()
     # Split at the last separator: "1,500.50" gives "1,500", "." and "50".
     whole, separator, fraction = re.fullmatch(r"(.*?)(?:([^0-9])([0-9]+))?", body).groups()
-    # A single separator marks thousands if one to three digits, not starting with 0, precede it and exactly three follow. A
-    # repeated one always does. Anything else is a decimal mark: 0.125, 3,5 or the second kind of mark in 1.500,50.
+    # A single point or comma marks thousands if one to three digits, not starting with 0, precede it and exactly three follow.
+    # A repeated one always does, and so does a space. Anything else is a decimal mark: 0.125, 3,5 or the comma in 1.500,50.
     repeated = separator and separator in whole
     one_group = separator and whole.isdigit() and whole[0] != "0" and len(whole) <= 3 and len(fraction) == 3
     if repeated or one_group or (separator and separator not in ".,"):

@@ -7,7 +7,7 @@ same text y_<t. The handoff (tandem.py) decides who is active, and keeps that mo
     y_t^junior ~ pi_junior( . | x_junior, y_<t ; T)              y_t^junior otherwise
 
     symbol                  variable
-    x_senior, x_junior      senior_prompts, junior_prompts: left-padded (ids, mask), (B, P) each, with different P
+    x_senior, x_junior      senior_prompts, junior_prompts: left-padded (ids, mask), (B, P) each; P may differ
     y                       completion_ids (B, C); the end token belongs to the completion, padding follows it
     who wrote y_t           senior_mask (B, C), recorded at the moment of sampling and never inferred afterwards
     the other candidate     discarded_ids (B, C); toss_mask (B, C) says whether a coin was tossed before y_t
@@ -19,7 +19,7 @@ junior is the senior's own base. A test checks that the two agree, token by toke
 
 All random numbers are drawn in advance: one per row, step and model for sampling, and one per row and step for the coins.
 So, up to rounding, a row's text does not depend on which other rows are in the batch, and the senior samples with the same
-numbers in its solo rollouts (p = 1) and in joint ones (p < 1). There is no top-k or top-p sampling here, because the loss computes
+numbers in its solo rollouts (p = 1) and in joint ones (0 < p < 1). There is no top-k or top-p sampling here, because the loss computes
 log-probabilities under the full softmax.
 """
 
@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Rollouts:
-    """A batch of B completions together with both prompts. Masks hold 1 for real tokens and 0 for padding."""
+    """A batch of B completions together with both prompts. In the masks of prompts and completions, 1 is a token and 0 is padding."""
 
     # The senior's prompts and the junior's, padded on the left.
     prompt_ids: torch.Tensor  # (B, P)
@@ -125,11 +125,11 @@ class Rollouts:
         return all_spans
 
     def steps(self, row: int, pieces: list[bytes]) -> list[Step]:
-        """One rollout token by token, with what either model would have written. The texts add up to texts[row]."""
+        """One rollout token by token, with both models' candidates. The texts of the steps add up to texts[row]."""
         columns = (self.completion_ids, self.senior_mask, self.discarded_ids, self.toss_mask, self.logprobs.exp())
         real = self.completion_mask[row].bool()
         tokens = list(zip(*(column[row][real].tolist() for column in columns)))
-        # A character may consist of several tokens. The decoder holds its bytes back until the last of them has arrived.
+        # A character may span several tokens. The decoder holds its bytes back until the last of them has arrived.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         steps = []
         for t, (written, by_senior, discarded, tossed, probability) in enumerate(tokens, 1):
@@ -220,7 +220,7 @@ def rollout(
     *_prompts: left-padded (ids, mask), (B, P) each; P may differ. noise (2, C, B) and coins (C, B): see random_numbers.
     p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the senior never is. The
     models must not use dropout (lab/models.py turns it off). Raises ValueError if the numbers of prompts differ, and
-    FloatingPointError if a model's logits are not finite: without that error the model would merely look weak.
+    FloatingPointError if a model's logits are not finite, which would otherwise only make it look weak.
     """
     batch, max_new_tokens, device = len(senior_prompts[0]), len(coins), senior_prompts[0].device
     if len(junior_prompts[0]) != batch:
@@ -304,12 +304,12 @@ class CachedDecoder:
         rows, width = prompt_ids.shape
         self.model, self.num_roles, self.length = model, num_roles, 0
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + max_new_tokens))
-        # Only prompts contain padding, so the mask is 1 at all later positions. What a finished row reads does not matter.
+        # Only prompts contain padding, so the mask is 1 at all later positions. What a finished row reads makes no difference.
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
         # The position of the next token. Padding does not count; otherwise a row would depend on the longest prompt of the batch.
         self.position = prompt_mask.sum(1, keepdim=True)  # (num_roles * B, 1)
-        # Only the logits at the last position are needed. If logits_to_keep were the number 1, the models would take a slice that
-        # is not contiguous, and PyTorch would then copy the output layer once per row.
+        # Only the logits at the last position are needed. With the integer 1 as logits_to_keep, the models would take a slice
+        # that is not contiguous, and PyTorch would then copy the output layer once per row.
         self.last_position = torch.tensor([-1], device=prompt_ids.device)
         # Prefill: the whole prompts in one pass. (The positions of padding, -1 before the clamp, are masked.)
         self._forward(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
@@ -342,7 +342,7 @@ class CachedDecoder:
 class RolloutBuffer:
     """The completions while they are being written: B rows of C columns, filled column by column."""
 
-    # Looking for finished rows makes the CPU wait for the GPU, so it happens every 4 steps.
+    # Checking for finished rows forces the CPU to wait for the GPU, so it happens only every 4 steps.
     CHECK_EVERY = 4
     # Compaction copies the key-value cache, so it waits until 20 % of the remaining rows have finished.
     COMPACT_AT = 0.8
@@ -353,7 +353,7 @@ class RolloutBuffer:
         self.ids = self.end_ids[0].repeat(batch, max_new_tokens)  # (B, C)
         self.mask, self.senior_mask = torch.zeros_like(self.ids), torch.zeros_like(self.ids)  # (B, C)
         self.discarded_ids, self.toss_mask = self.ids.clone(), torch.zeros_like(self.ids)  # (B, C)
-        # float64 holds what any model computes, also the double-precision models of the tests.
+        # float64 holds any model's output, including that of the tests' models in double precision.
         self.logprobs = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device=device)  # (B, C)
         # Per role, the first step at which its logits were not finite.
         self.first_broken = torch.full((2,), max_new_tokens, device=device)
@@ -469,7 +469,7 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
 
     A model that was shown solved examples may continue after its answer by inventing another question. The verifier does
     not see that text, which is masked out of the loss and of all counts of tokens, so that running on is not reinforced.
-    (Running on is not discouraged either, since the loss of such a completion has no end token.)
+    (Nor is it discouraged, since the loss of such a completion contains no end token.)
     """
     mask = rollouts.completion_mask.clone()  # (B, C)
     for row in range(len(rollouts)):

@@ -2,7 +2,7 @@
 
 In tandem training (West et al., 2025) a trained *senior* and a frozen, weaker *junior* write one solution together. At
 every step both models sample a candidate for the next token, each under its own prompt. One of them is *active*. If the
-active model's candidate opens a new word, a coin is tossed, which names who is active from then on: the senior with
+active model's candidate opens a new word, a coin toss decides who is active from then on: the senior with
 probability p, else the junior. The model that is now active contributes its own candidate and is recorded as the author.
 A trace with p = 0.5, token by token:
 
@@ -25,11 +25,11 @@ There are five schedules, which differ in when the coin is tossed:
 
 In the third row of the trace the senior was active, and its own candidate " sells" caused the toss, but is not part of the
 text. (The token that is written after a toss need not open a word itself: had the junior sampled "s" in the third row, the
-text would be "Tommys".) How often the senior's candidate opens a word depends on its weights and influences the text, but a
+text would be "Tommys".) Whether the senior's candidate opens a word depends on its weights and affects the text, but a
 discarded candidate is not a written token, so the loss has no term for it. Therefore the policy gradient is only
 approximate under `word`, `sentence` and `paragraph`. Under `token` and `redraw` the tosses depend only on text that is
 already written, and the gradient is exact (if only the senior's own tokens are scored, j = 0, see reinforce.py).
-tests/test_gradients.py checks both by enumerating every path of a small pair of models.
+tests/test_gradients.py checks both by enumerating every path of two tiny models.
 
 The file has three parts: the word schedule on strings, which is the definition; tables over the vocabulary, which give the
 same answers for token ids; and the handoff for a batch. Models are run and sampled in rollout.py.
@@ -49,7 +49,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 # ----------------------------------------------------------------------------------------------------------------------
 # The definition, on strings
 
-# Classes of characters. Which neighbours belong together depends on their classes alone.
+# Classes of characters. Whether two neighbours belong together depends on their classes alone.
 OTHER, WORD, EXTENDER, JOINER, FLAG = range(5)
 
 
@@ -174,7 +174,7 @@ def token_bytes(tokenizer, vocab_size: int, end_ids: Iterable[int] = ()) -> list
 
     Special tokens, tokens that end a text (end_ids) and unused ids write nothing. Two encodings are supported: byte-level
     BPE (GPT-2, Llama 3, Qwen), in which every byte is one printable character, and SentencePiece (Llama 2), in which "▁" is
-    a space and "<0xE4>" a single byte. Raises ValueError if a short test sentence does not come out as it went in.
+    a space and "<0xE4>" a single byte. Raises ValueError if a short test sentence is not decoded to what was encoded.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
     # Some end tokens, such as <|eot_id|> of Llama 3, are special without being listed among the tokenizer's special ids.
@@ -195,7 +195,7 @@ def token_bytes(tokenizer, vocab_size: int, end_ids: Iterable[int] = ()) -> list
     pieces = [b"" if token is None or i in special_ids else spell(token) for i, token in enumerate(tokens)]
     pieces += [b""] * (vocab_size - len(pieces))
 
-    # Some tokenizers drop spaces, without which there are no words. (SentencePiece adds one at the start, hence strip.)
+    # Some tokenizers drop spaces, so that words could not be told apart. (SentencePiece adds one at the start, hence strip.)
     sentence = "A word, 48 words"
     ids = tokenizer(sentence, add_special_tokens=False).input_ids
     if b"".join(pieces[i] for i in ids).strip() != sentence.encode():
@@ -253,7 +253,7 @@ def _decode_piece(piece: bytes) -> tuple[str, bool, int]:
 
 @cache
 def typical_character(first_bytes: bytes, missing: int) -> str:
-    """A character that begins with these bytes and needs `missing` more: one of the class that is most common among such characters."""
+    """A character of these first bytes and `missing` more, of the class that most such characters have."""
     by_class: dict[int, list[str]] = {}
     # With three bytes missing, every eighth value of each byte is enough.
     for rest in product(range(0x80, 0xC0, 8 if missing == 3 else 1), repeat=missing):
@@ -285,7 +285,7 @@ def before_a_word(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
 def before_a_sentence(state: "Handoff", samples: torch.Tensor) -> torch.Tensor:
     """A sentence mark ends a sentence only if white space follows ("3.5" does not end one) or it is full-width, as in Chinese.
 
-    A line break always does. Nothing begins before more than white space has been written since the last toss (has_written).
+    A line break always does. No toss is due until more than white space has been written since the last one (has_written).
     """
     return state.sentence_over & state.has_written & _begins_after_blank(state, samples)
 
@@ -322,7 +322,7 @@ class Handoff:
     """The state of B unfinished rollouts: who is active in each, and what its text ends in.
 
     coins (C, B): uniform numbers in [0, 1). The k-th toss of a row uses coins[k] of that row and selects the senior
-    if the coin is below p. Coins are drawn separately from the numbers for sampling, so an extra toss does not shift those.
+    if the coin is below p. Coins and the numbers for sampling are drawn separately, so an extra toss does not shift the latter.
     Raises ValueError for an unknown schedule or a p outside [0, 1].
     """
 
@@ -374,10 +374,10 @@ class Handoff:
         return written, self.senior_active
 
     def _record(self, written: torch.Tensor) -> None:
-        """Update what the text ends in after the tokens `written` (B,)."""
+        """Update the state of the text's end with the tokens `written` (B,)."""
         tables = self.tables
         continues = tables.continues_character[written]
-        # The class stays if the token only extends the last character, or only completes it (its first bytes have decided).
+        # The class stays if the token only extends the last character, or only completes it (whose class its first bytes have decided).
         last = tables.last_class[written]
         self.last_class = torch.where(continues | (last == EXTENDER), self.last_class, last)
         # A token of continuation bytes lowers the number of missing bytes; any other token resets it.
