@@ -36,6 +36,7 @@ def test_tables_of_the_taught_model_are_those_of_the_results():
     # Arms with the same schedule have the same handoffs before training, so the table names one of them.
     schedules = {arm: seeds for arm, seeds in runs.items() if arm == "tandem" or arm in SCHEDULES}
     rows = [*figures.table(trained).splitlines(), *figures.table_of_handoffs(SMOL, schedules).splitlines()]
+    rows += figures.table(curves.read_runs(SMOL / "eval-500", ["tandem"])).splitlines()
     assert len(trained) >= 2
     assert len(schedules) == len(SCHEDULES)
     assert [row for row in rows if row not in RESULTS] == []
@@ -44,7 +45,7 @@ def test_tables_of_the_taught_model_are_those_of_the_results():
 def test_percentages_are_those_of_the_results():
     """Every "97.8 % [96.3, 98.7]" is what some arm has measured at some update."""
     measured = set()
-    for folder in (TINY, SMOL, *(SMOL / "untaught" / name for name in ("generated", "gsm8k"))):
+    for folder in (TINY, SMOL, *(SMOL / name for name in ("eval-500", "untaught/generated", "untaught/gsm8k"))):
         for seeds in curves.read_runs(folder, figures.arms_in(folder)).values():
             languages = [f"languages.{code}" for code in figures.languages_written(seeds)]
             for who in ("senior", "tandem", "junior"):
