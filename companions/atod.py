@@ -2,36 +2,22 @@
 
 A student learns from two signals at once: from a frozen teacher, which grades every token that the student writes (on-policy
 distillation, OPD), and from the reward at the end of the game (GRPO). The weight moves from the first signal to the second
-during training, and within a game the teacher counts most in the turns that seem most informative (T-DUR). The method is that
-of Tan, Zong, Li and Chen (2026, arXiv 2606.27814). We know its abstract, its equations through secondary sources, and code
-that was written for it, but not the full text.
+during training. Within a game the teacher counts most in the turns in which it disagrees with the student or the student is
+uncertain: turn-aware weights, called T-DUR, see `tdur`. The method is that of Tan, Zong, Li and Chen (2026, arXiv 2606.27814),
+whose equation numbers we keep. We know its abstract, its equations through secondary sources, and details of code that was
+written for it, but not the full text. The game, the models and all numbers in SETTINGS are ours, marked "Reconstruction".
 
-    delta_t = log pi_teacher(a_t | s_t) - log pi_old(a_t | s_t)                  the signal of OPD, a constant
-    A_i     = (R_i - mean(R)) / std(R)                                           the advantage of GRPO (reinforce.py)
+    delta_t = log pi_teacher(a_t | s_t) - log pi_old(a_t | s_t)             the signal of OPD, without a gradient
+    A_i     = (R_i - mean(R)) / std(R)                                      over the games of one task, as in reinforce.py
     A_t     = kappa(s) * w_k(t) * delta_t + rho(s) * A_i                                                      (8)
     q = min(s / T, 1);   kappa = max(0.1, 1 - 0.9 q);   rho = 1 + q                                    (10 to 12)
-    d_k = mean_t |log pi_old - log pi_teacher|;   h_k = mean_t (-log pi_old)         over the tokens of turn k
-    w_k = 1 - (1 - d~_k) * (1 - h~_k)        ~: min-max normalised over the turns of a game            (13 to 16)
 
     symbol       variable               meaning
-    s, T         step, horizon          the number of the update, and when the annealing ends
+    s, T         step, horizon          the number of the update, and when the annealing ends (s_t: the text before token t)
     kappa, rho   kappa, rho             the weights of teacher and reward
-    w_k          turn_weights           the weight of the distillation in turn k, between 0 and 1
+    w_k          turn_weights (B, C)    the weight of turn k, between 0 and 1, at each of its tokens              (13 to 16)
     k(t)         turns (B, C)           the turn in which token t was written
     A_t          weights (B, C)         enters the clipped objective of GRPO
-
-Worked example of (8), three quarters of the way to T. q = 0.75, kappa = 0.325 and rho = 1.75. A token that the teacher finds
-more likely by 0.4 nats, in a turn of weight 0.5 of a game with advantage -0.2, has A_t = 0.325 * 0.5 * 0.4 - 1.75 * 0.2 = -0.285.
-
-Reconstruction, marked so below: the game, the models and their warm-up, SETTINGS, the weights of the arm without annealing, and
-the arms that ask why the order of the methods may differ. The paper trains language models of 0.6 to 4 billion parameters on
-ALFWorld, WebShop and Search-QA. Here students of 61,776 parameters play a game of 4 places, so nothing here measures what a
-pretrained model brings along. There is no KL loss, and no KL term in the reward.
-
-Reuse. A game is one text with two authors, which is what Rollouts holds: the student writes the actions, and the game, in the
-place of the junior, the observations. So rollout.py (with p = 1, one call per turn), the log-probabilities, the group advantages
-and the clipped objective of reinforce.py serve unchanged. Micro-batches are not needed for games of about 30 tokens. A turn reads
-the whole game anew, instead of keeping a cache across turns, because rollout.py begins with a prompt.
 
     python -m companions.atod --seeds 5        every arm, the table and the figure, in runs/companions/atod
 """
@@ -78,7 +64,7 @@ def annealed(step: int, horizon: float) -> tuple[float, float]:
     [(1.0, 1.0), (0.55, 1.5), (0.1, 2.0), (0.1, 2.0)]
     """
     q = min(step / horizon, 1.0)
-    # kappa = max(0.1, 1 - 0.9 q); rho = 1 + q: the reward always counts, from as much as the teacher to 20 times as much.
+    # kappa = max(0.1, 1 - 0.9 q); rho = 1 + q. The quotient rho / kappa rises from 1 to 20, so the reward always counts.
     return max(0.1, 1 - 0.9 * q), 1 + q
 
 
@@ -88,7 +74,16 @@ FIXED_WEIGHTS = {"reward": (0.0, 1.0), "teacher": (1.0, 0.0), "constant": (0.55,
 
 
 def hybrid_advantages(delta: torch.Tensor, turn_weights: torch.Tensor, advantages: torch.Tensor, kappa: float, rho: float) -> torch.Tensor:
-    """Equation (8): the advantage of every token, (B, C), from delta and turn weights (B, C) and the advantages of the games (B,)."""
+    """Equation (8): the advantage of every token, (B, C), from delta and turn weights (B, C) and the advantages of the games (B,).
+
+    Three quarters of the way to T, q = 0.75, a token that the teacher finds more likely by 0.4 nats, in a turn of weight 0.5 of
+    a game with advantage -0.2:
+
+    >>> kappa, rho = annealed(60, horizon=80)
+    >>> A = hybrid_advantages(torch.tensor([[0.4]]), torch.tensor([[0.5]]), torch.tensor([-0.2]), kappa, rho)
+    >>> round(kappa, 3), rho, round(A.item(), 3)
+    (0.325, 1.75, -0.285)
+    """
     # A_t = kappa w_k(t) delta_t + rho A_i. The turn weight is on the teacher's term only.
     return kappa * turn_weights * delta + rho * advantages[:, None]  # (B, C)
 
@@ -103,13 +98,13 @@ def tdur(disagreement: torch.Tensor, uncertainty: torch.Tensor) -> torch.Tensor:
     """Equations (15) and (16): the weights w_k of the turns of one game, (K,), from d_k and h_k, (K,) each.
 
     A turn counts in full if it has the largest disagreement or the largest uncertainty of its game, and not at all if it has the
-    smallest of both. Two guards set all weights to 1.
+    smallest of both. Two guards, known from code written for the paper, set all weights to 1.
 
     >>> tdur(torch.tensor([0.0, 0.1, 0.2]), torch.tensor([0.0, 0.5, 1.0]))
     tensor([0.0000, 0.7500, 1.0000])
     """
     # The guards. With fewer than 3 turns, min-max normalisation would give hardly anything but 0 and 1. And where teacher and
-    # student agree everywhere, it would blow up noise.
+    # student agree on every turn, it would amplify noise.
     if len(disagreement) < 3 or disagreement.max() < 0.01:
         return torch.ones_like(disagreement)
     # w_k = 1 - (1 - d~_k)(1 - h~_k): a turn is informative if either is large.
@@ -138,7 +133,7 @@ def tdur_of_tokens(old: torch.Tensor, teacher: torch.Tensor, turns: torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # The game. Reconstruction: it stands in for the benchmarks, none of which can be installed without a network.
 #
-# An item has to be brought to a place. Where things are is seen only on the spot. A game won by an expert:
+# An item has to be brought to a place. The player sees only what lies where it is. A game won by an expert:
 #
 #     task key desk >   go shelf   cup >   go box   key book >   take key   taken >   go desk   empty >   put key
 
@@ -168,7 +163,7 @@ class Game:
         """Carry out one action, of words, and return the observation. An action that makes no sense changes nothing."""
         self.turns += 1
         match action:
-            # The player sees what lies there, and need not open anything.
+            # On arrival the player sees everything that lies there; nothing has to be opened.
             case ("go", place) if place in PLACES:
                 self.at, self.seen = place, self.seen | {place}
                 return " ".join([item for item in ITEMS if self.where[item] == place] or ["empty"])
@@ -176,7 +171,7 @@ class Game:
             case ("take", item) if not self.held and self.at and self.where.get(item) == self.at:
                 self.held, self.where[item] = item, ""
                 return "taken"
-            # The game is won by the last action of the task alone, wherever else the item has been before.
+            # Only this last action of the task wins, wherever the item has been before.
             case ("put", item) if self.held and self.held == item:
                 self.held, self.where[item] = "", self.at
                 self.won = (item, self.at) == (self.item, self.target)
@@ -198,7 +193,7 @@ def expert(game: Game, rng: random.Random, noise: float = 0.0) -> tuple[str, str
         # Anything but the item of the task is put down where the player stands.
         goal = game.target if game.held == game.item else game.at
         return ("put", game.held) if game.at == goal else ("go", goal)
-    # It remembers what it has seen, and otherwise looks where it has not been. The item is never at its target from the start.
+    # If it has not seen the item, it looks where it has not been, except at the target (see new_game).
     place = game.where[game.item]
     if place in game.seen:
         return ("take", game.item) if game.at == place else ("go", place)
@@ -211,7 +206,7 @@ def expert(game: Game, rng: random.Random, noise: float = 0.0) -> tuple[str, str
 # One token per word. "." pads and would end an action early; ">" ends an observation.
 WORDS = [".", ">", "task", "go", "take", "put", "taken", "done", "empty", "nothing", *PLACES, *ITEMS]
 PAD, ACTION_TOKENS, PIECES = 0, 2, [f" {word}".encode() for word in WORDS]
-# What rollout.py wants to know about the vocabulary in order to hand over; with one author it does not matter.
+# The vocabulary tables that rollout.py needs for handoffs. With a single author they make no difference.
 TABLES = build_tables(PIECES)
 
 
@@ -228,7 +223,8 @@ def act(player, histories: list[list[int]], games: list[Game], rng: random.Rando
     """The next action of every game as (token ids, log-probabilities). player: a model, or a script such as `expert`."""
     if not isinstance(player, torch.nn.Module):
         return [(encode(" ".join(player(game, rng))), [0.0] * ACTION_TOKENS) for game in games]
-    # The game so far is the prompt. With p = 1 the senior writes alone, and the junior is never run.
+    # The game so far is the prompt, because rollout.py begins with one; so every turn reads the whole game again, and no cache is
+    # kept across turns. With p = 1 the senior writes alone, and the junior is never run.
     pair = Pair(player, player, None, None, [PAD], PIECES, TABLES)
     prompts, noise = pad_rows(histories, "left"), torch.rand(2, ACTION_TOKENS, len(games), generator=generator)
     written = rollout(pair, prompts, prompts, noise, torch.zeros_like(noise[0]), schedule="token", p=1.0, temperature=1.0)
@@ -268,12 +264,13 @@ def play(player, games: list[Game], seed: int, *, opener=None, opening_turns: in
 def as_rollouts(tasks: list[list[int]], columns: list[tuple[list, list, list]]) -> tuple[Rollouts, torch.Tensor]:
     """Games as rollouts, and the turn of every token, (B, C), which is -1 at padding too.
 
-    The task is the prompt, and the game takes the place of the junior. There is no coin, and nothing is discarded.
+    A game is one text with two authors: the student writes the actions, and the game, in the place of the junior, the
+    observations. So reinforce.py serves unchanged. The task is the prompt. There is no coin, and nothing is discarded.
     """
     prompts = pad_rows(tasks, "left")
     ids, mask = pad_rows([game[0] for game in columns], "right")  # (B, C)
     turns = torch.where(mask.bool(), pad_rows([game[1] for game in columns], "right")[0], -1)  # (B, C)
-    # In float64, so that rounding does not separate them from log-probabilities that are computed again.
+    # In float64, as rollout.py records them.
     old = pad_sequence([torch.tensor(game[2], dtype=torch.float64) for game in columns], batch_first=True)  # (B, C)
     own, texts = (turns >= 0).long(), [" ".join(WORDS[i] for i in task + game[0]) for task, game in zip(tasks, columns)]
     return Rollouts(*prompts, *prompts, ids, mask, own, discarded_ids=ids, toss_mask=0 * ids, logprobs=old, texts=texts), turns
@@ -289,7 +286,7 @@ def success(player, seed: int, games: int, **opening) -> float:
 # Settings and arms
 
 
-# Reconstruction: all of these. They were found in trials with the seeds 90 to 92, before any of the seeds reported was run.
+# Reconstruction: all of these but the group of 8. They were found in trials with seeds 90 to 92, before any reported seed was run.
 SETTINGS = SimpleNamespace(
     # T of equation (10) is 80 in the paper. Ours is scaled to the shorter training: the same share as 80 of 200 updates.
     updates=80, long_updates=160, horizon=32.0,
@@ -297,7 +294,7 @@ SETTINGS = SimpleNamespace(
     tasks=8, group=8, lr=1e-3, clip_ratio=0.2, max_grad_norm=1.0,
     # A student is tested on 256 games after every 20 updates.
     eval_every=20, eval_games=256,
-    # Widths of the models, of two layers each: 61,776 and 169,520 parameters.
+    # Widths of the models, of two layers each: 60,960 and 168,160 parameters.
     student_width=48, teacher_width=80,
     # Supervised warm-up: batches of demonstrations; every 10 steps a model is tested on 128 games.
     demo_batch=64, demo_lr=3e-3, demo_test_every=10, demo_max_steps=600, demo_games=128,
@@ -319,9 +316,9 @@ class Arm:
     long: bool = False
 
 
-# The paper's comparison, with a student that has the skills of the game and plays badly. Then the same with a student of about the
-# same success that lacks a skill: it does not heed its task. Its arms ask why distillation may fail: is it the student, a teacher
-# that is weak in the student's states, or too few updates?
+# The paper's comparison, with a student that knows the game but plays noisily. Then, our own addition, a student that wins about as
+# often but lacks a skill: it ignores its task. Its arms test why our ranking may differ from the paper's: is it the student, a
+# teacher that is weak in the student's states, or too few updates?
 ARMS = {
     "grpo": Arm("reward"),
     "opd": Arm("teacher"),
@@ -342,7 +339,7 @@ def train(student, teacher, arm: Arm, seed: int, *, updates: int, lr: float, tes
     """Train `student` in place, and return a row of measures per test. A teacher of None is for GRPO alone.
 
     test: a function that measures the success of the student, before training and after every `test_every` updates; training
-    ends early once it is at least `stop_at`. opener: plays a random number of first turns of every game.
+    ends early once it is at least `stop_at`. opener: plays the first turns of every game; how many is drawn per update.
     """
     rng = random.Random(f"train {seed}")
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
@@ -369,11 +366,11 @@ def train(student, teacher, arm: Arm, seed: int, *, updates: int, lr: float, tes
         loss = -clipped_objective(logprobs, old, weights, SETTINGS.clip_ratio).sum() / rollouts.senior_mask.sum().clamp(min=1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.max_grad_norm)
-        # Without any signal, Adam would go on by its momentum.
+        # With all weights 0, Adam would still move on momentum.
         if weights.any():
             optimizer.step()
         optimizer.zero_grad()
-        # Averaged over sampled tokens, -delta is the reverse KL divergence KL(student || teacher), in nats per token.
+        # Averaged over sampled tokens, -delta estimates the reverse KL divergence KL(student || teacher), in nats per token.
         batches.append((rewards.mean().item(), -(delta * rollouts.senior_mask).sum().item() / max(1, int(rollouts.senior_mask.sum()))))
         if (step + 1) % test_every == 0:
             reward, gap = map(mean, zip(*batches))
@@ -396,8 +393,8 @@ def make_model(width: int, seed: int) -> LlamaForCausalLM:
 def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done: Callable[[float], bool], label: str) -> None:
     """Maximum likelihood on demonstrations of the expert, until `done` holds for the success of the model.
 
-    noise: the probability that an action of the demonstrations is random. A new model warms up over 30 steps. Raises Refused if the
-    model has not got there in time.
+    noise: the probability that an action of the demonstrations is random. The learning rate warms up over the first 30 steps. Raises
+    Refused if `done` does not hold in time.
     """
     rng = random.Random(f"imitate {seed} {noise}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -429,7 +426,8 @@ def make_models(seed: int) -> tuple[dict[str, dict], dict]:
     # The early student stops where it wins every tenth game. It has not learned yet to heed the task.
     early, skilled = make_model(SETTINGS.student_width, seed), make_model(SETTINGS.student_width, seed)
     learn(early, done=lambda share: share >= 0.1, label="early student")
-    # The skilled student learns on until it wins every second game. Then noisy demonstrations blur what it does, not what it knows.
+    # The skilled student learns on until it wins every second game. Then noisy demonstrations make its play noisier without removing
+    # its skill. It stops at the first test at or below 18 % on 128 games; on the games of the results it may be anywhere near that.
     learn(skilled, done=lambda share: share >= 0.5, label="skilled student")
     learn(skilled, done=lambda share: share <= 0.18, label="blurring", noise=SETTINGS.blur_noise, lr=SETTINGS.blur_lr, test_every=2)
     # Two teachers: demonstrations to 40 %, and then GRPO to 70 %. The second one takes over games that the early student began.

@@ -1,48 +1,27 @@
 """Textual belief states: a world model whose latent state is itself a text, trained by GRPO factor by factor.
 
-A world model predicts what an agent will observe after an action, from the history h of what it did and saw. Textual Belief
-States (Gao, Dong, Yao, Jonnalagedda, Das; arXiv 2606.27681, 2026) lets it write down its *state* z in words first. Three
-stages, each under a prompt of its own, are sampled in turn: encode h -> z, transition (z, action a) -> z', decode z' -> o.
+A world model predicts what an agent will observe after an action, from the history h of its actions and observations. Textual
+Belief States (Gao, Dong, Yao, Jonnalagedda, Das; arXiv 2606.27681, 2026) lets it write down its *state* z in words first. Three
+stages, each with its own prompt, are sampled in turn: encode h -> z, transition (z, action a) -> z', decode z' -> o.
 
     strict       p(o | h, a) = sum_z sum_z' p(z | h) p(z' | z, a) p(o | z')                                            (1)
     leaky        p(o | h, a) = sum_z sum_z' p(z | h) p(z' | h, z, a) p(o | h, a, z')                                   (2)
     stateless    p(o | h, a)                                                                                          (3)
 
-Under (2) the prediction can be right although z is empty, because the later stages may read the history instead (history
-bypass); how good the prediction is then says nothing about z. Under (1), *strict mediation*, all that the prediction knows of
-the history has passed through z. We know the paper from its abstract and from secondary sources, which do not give the advantages.
+Under (2) the prediction can be right although z is empty, because later stages may read the history instead (history bypass).
+Under (1), *strict mediation*, all that the prediction knows of the history has passed through z.
 
-fGRPO, its training method, samples a tree: N states z_i per history, K next states z'_ij per state, M predictions o_ijm per
-next state. r_ijm is the F1 of the predicted facts. Reconstruction: every factor is compared with its siblings,
-
-    V_ij = mean_m r_ijm        V_i = mean_j V_ij                                                                      (4)
-    decode      A_ijm = (r_ijm + g_ijm - mean_m) / std_m                                                              (5)
-    transition  A_ij  = (V_ij + g_ij - mean_j) / std_j                                                                (6)
-    encode      A_i   = (V_i + g_i - mean_i) / std_i                                                                  (7)
-    loss        = - sum over the three stages of  mean over nodes of  sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A)  (8)
-
-where mean_m is the mean over m of what stands before it, likewise std_m, and g is what a text earns by itself: for its format, and
-for a short z. (8) is equation (5) of reinforce.py for each stage, under that stage's prompt. With branching 1 there are no
-siblings, and the siblings of the nearest branching ancestor take their place; so a tree that branches at its root only, a
-bundle of chains, is plain GRPO, with one advantage for the whole chain.
-
-What is exact. Without the division and without g, the expected gradient of (8) is (n - 1)/n times the gradient of E[r] with
-respect to that factor, n being the number of siblings. For A_i = V_i - (1/n) sum_k V_k = (1 - 1/n) V_i - (1/n) sum_{k != i} V_k,
-V_i is an unbiased estimate of E[r | z_i], and every other V_k is independent of z_i, so that it meets the score of z_i, whose mean
-is 0, and vanishes. The factor goes away if a sample is compared with the *other* siblings only (leave-one-out, `divide=False`
-below): V_i - mean_{k != i} V_k is n/(n - 1) times the former. Dividing by std is not exact, nor is g, whose effect on
-later stages is left out.
+fGRPO, its training method, samples a tree: N states per history, K next states per state, M predictions per next state. Every
+text gets an advantage over its siblings, (4) to (7) in factor_advantages, and every stage a clipped objective, (8) in stage_loss.
+We know the paper only from its abstract and secondary sources, none of which gives the advantages. The world, the models and
+whatever else is ours is marked "Reconstruction". All equation numbers are ours.
 
     symbol      variable                        symbol      variable
     N, K, M     config.branching                h, a        row["history"], row["action"]
     r           leaf_rewards (S*N*K*M,)         z, then z'  row["state"]
     g           own, one tensor per stage       o           row["observation"]
-    e           config.clip_ratio               e.g. z      "in-hall red-lamp blue-door green-gate red-pump"
 
     python -m companions.belief_states      # every arm and seed, then the table and the figure; see --help
-
-What this does not do: no pretrained language model, no TextWorld or ScienceWorld (any world that yields an Episode would do), one
-action per training example. Every arm starts from one warm-started checkpoint per seed, so the encoders are equal bit by bit.
 """
 
 import argparse
@@ -78,7 +57,8 @@ from tandem import build_tables
 # Shapes: S histories per update; N, K, M branching of the tree; B rows of one stage (S*N, S*N*K or S*N*K*M); C completion length.
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The world: two rooms with two things each. One sees the room one is in. A fact is one word, such as "red-lamp".
+# The world: two rooms with two things each. The agent sees only the room that it is in. A fact is one word, such as "red-lamp".
+# Reconstruction: this world stands in for TextWorld and ScienceWorld.
 
 ROOMS = {"hall": ("lamp", "door"), "yard": ("gate", "pump")}
 COLOURS = ("red", "green", "blue")
@@ -89,25 +69,25 @@ State = dict[str, str]  # {slot: fact}, e.g. {"in": "in-hall", "lamp": "red-lamp
 
 
 def act(state: State, action: str) -> State:
-    """The state after "look here", "go ROOM" or "paint FACT", which takes one to the room of the thing.
+    """The state after "look here", "go ROOM" or "paint FACT", which takes the agent to the room of the thing.
 
     >>> act({"in": "in-yard", "lamp": "red-lamp"}, "paint blue-lamp")
     {'in': 'in-hall', 'lamp': 'blue-lamp'}
     """
     verb, what = action.split()
-    # Painting takes one along, so that what is seen after "go" and "paint" follows from the action and the things alone.
+    # Painting moves the agent too, so that what it sees after "go" or "paint" does not depend on where it was.
     if verb == "paint":
         return state | {"in": f"in-{ROOM_OF[FACTS[what]]}", FACTS[what]: what}
     return state | {"in": f"in-{what}"} if verb == "go" else state
 
 
 def describe(state: State) -> str:
-    """All facts of a state, in a fixed order."""
+    """All facts of a state, in a fixed order, such as "in-hall red-lamp blue-door green-gate red-pump"."""
     return " ".join(state[slot] for slot in ("in", *ROOM_OF) if slot in state)
 
 
 def observe(state: State) -> str:
-    """What one sees: the facts of the room one is in, but not which room it is."""
+    """What the agent sees: the facts of the room that it is in, but not which room this is."""
     # The room is not named. After "look here" only z says which room is seen, so a complete z has the room in it.
     return " ".join(state[thing] for thing in ROOMS[state["in"].removeprefix("in-")])
 
@@ -119,7 +99,7 @@ def random_action(rng: random.Random) -> str:
 
 
 class Episode(NamedTuple):
-    """A history, the true state at its end, and what follows. Another world enters the experiment by yielding these."""
+    """A history, the true state at its end, and what follows. To use another world, generate these."""
 
     history: str  # actions and observations in turn
     state: State
@@ -200,7 +180,7 @@ PIECES = [b"", *(f" {word}".encode() for word in WORDS)]
 
 def write(model, formulation: str, stage: str, rows: list[dict], seed: int, temperature: float = 1.0) -> tuple[Rollouts, list[dict]]:
     """Sample one text of a stage for each of B rows. Returns the rollouts and the rows with that text filled in."""
-    # Each formulation shows a stage what its template names, and nothing else of the row.
+    # A stage sees only the fields of the row that its template names.
     prompts = models.encode_prompts(TOKENIZER, [PROMPTS[formulation][stage].format(**row) for row in rows], "cpu")
     # The rollout of the lesson with p = 1: one writer, and a second model that is never run.
     pair = Pair(model, model, TOKENIZER, TOKENIZER, [0], PIECES, build_tables(PIECES))
@@ -215,11 +195,20 @@ def write(model, formulation: str, stage: str, rows: list[dict], seed: int, temp
 
 
 def factor_advantages(leaf_rewards: Tensor, own: list[Tensor], branching: tuple[int, ...], divide: bool) -> list[Tensor]:
-    """Equations (4) to (7): the advantage of every node, one tensor per stage, of the shapes of `own`.
+    """The advantage of every node, one tensor per stage, of the shapes of `own`: every factor is compared with its siblings.
+
+        V_ij = mean_m r_ijm        V_i = mean_j V_ij               states i, next states j, predictions m     (4)
+        decode      A_ijm = (r_ijm + g_ijm - mean_m) / std_m                                                  (5)
+        transition  A_ij  = (V_ij + g_ij - mean_j) / std_j                                                    (6)
+        encode      A_i   = (V_i + g_i - mean_i) / std_i                                                      (7)
+
+    r is the F1 of the predicted facts, and g what a text earns by itself (own_rewards). mean_m and std_m are taken over m, of
+    the expression before them.
 
     leaf_rewards: (S * b_1 * ... * b_L,) for branching (b_1, ..., b_L), children next to their siblings. own: the reward g of
-    the nodes of each stage, (S * b_1 * ... * b_l,). divide: by the standard deviation over siblings; without it, siblings are
-    compared with the mean of the others, which makes the expected gradient exact. Raises ValueError if the root does not branch.
+    the nodes of each stage, (S * b_1 * ... * b_l,). divide: by the standard deviation over siblings; without it, a node is
+    compared with the mean of the other siblings, which makes the expected gradient exact. Raises ValueError if the root does
+    not branch. If only the root branches and g is 0, this is plain GRPO with one advantage for a whole chain.
 
     Two histories, two states each, two predictions each (one stage is left out). The second state of the first is better:
 
@@ -229,11 +218,17 @@ def factor_advantages(leaf_rewards: Tensor, own: list[Tensor], branching: tuple[
     [0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
     # Reconstruction: the sources say that advantages are group-relative factor by factor, but not how.
+    #
+    # What is exact. Without g and the division, the expected gradient is (n - 1)/n times the gradient of E[r] with respect to
+    # that stage, for n siblings. To see this, write A_i = V_i - (1/n) sum_k V_k = (1 - 1/n) V_i - (1/n) sum_{k != i} V_k. V_i is
+    # an unbiased estimate of E[r | z_i]. Every other V_k is independent of z_i, so its product with the score of z_i has mean
+    # 0. A comparison with the *other* siblings only, V_i - mean_{k != i} V_k, is n/(n - 1) times as large and exact. Not exact
+    # are the division by std, g (a text gets no credit for the g of later stages), and the clipping of the gradient's norm.
     if branching[0] < 2:
         raise ValueError(f"branching {branching}: the first stage needs two or more samples to compare")
     advantages, siblings = [], 1
     for level, branches in enumerate(branching):
-        # A node without siblings is compared within the group of its nearest branching ancestor.
+        # A node without siblings is grouped as its nearest ancestor with siblings is.
         siblings = branches if branches > 1 else siblings
         # V: the mean reward of all leaves below a node, (4). A leaf is its own mean.
         values = leaf_rewards.view(-1, math.prod(branching[level + 1 :])).mean(1) + own[level]
@@ -246,10 +241,13 @@ def factor_advantages(leaf_rewards: Tensor, own: list[Tensor], branching: tuple[
 
 
 def stage_loss(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, advantages: Tensor, clip_ratio: float):
-    """One stage's term of (8), a differentiable scalar. logprobs, old_logprobs, mask: (B, C); advantages: (B,).
+    """The term of one stage, a differentiable scalar. logprobs, old_logprobs, mask: (B, C); advantages: (B,).
 
-    Here reinforce.py divides by the number of tokens. That number depends on what was sampled, and with it the gradient would
-    not be exact; dividing by the number of nodes also lets the three stages weigh the same.
+        loss = - sum over the three stages of  mean over nodes of  sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A)    (8)
+
+    This is equation (5) of reinforce.py, which also defines the ratio rho_t, under the prompt of each stage. But reinforce.py
+    divides by the number of tokens, which depends on the samples, so that the gradient would be biased. Dividing by the number
+    of nodes also gives the three stages equal weight.
     """
     # One advantage per node, for each of its tokens.
     weights = advantages[:, None] * mask  # (B, C)
@@ -257,7 +255,7 @@ def stage_loss(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, advantages:
 
 
 def own_rewards(stage: str, rows: list[dict], format_reward: float, length_penalty: float) -> Tensor:
-    """g: what the texts of a stage earn by themselves, (B,) in float64. Valid format earns, words of an encoded state cost."""
+    """g: what texts earn by themselves, (B,) in float64. A bonus for valid format, and a cost per word of an encoded state."""
     # Reconstruction: the kinds of reward are from a secondary source; their weights, and where they apply, are ours. "Less
     # redundancy" is part of the format, one fact per slot. z' is not charged: with one action per example, the shortest
     # sufficient z' lacks every fact that is not seen next, and would be useless for the step after.
@@ -272,7 +270,10 @@ def own_rewards(stage: str, rows: list[dict], format_reward: float, length_penal
 
 @dataclass(frozen=True)
 class Config:
-    """What all arms share. Decided before any seed of the results was run, after trials with seeds from 90 on."""
+    """What all arms share. Decided before any seed of the results was run, after trials with seeds 90 and 91.
+
+    Reconstruction: all of these.
+    """
 
     # The warm start: supervised steps on batches of 64 texts.
     warm_steps: int = 800
@@ -285,10 +286,10 @@ class Config:
     histories: int = 8
     branching: tuple[int, ...] = (4, 2, 2)
     lr: float = 3e-4
-    # Not reached with one step per batch, where every ratio is 1.
+    # Has no effect with one step per batch, where every ratio is 1.
     clip_ratio: float = 0.2
     format_reward: float = 0.1
-    # Held-out episodes per evaluation, and the actions of an open loop.
+    # Updates between evaluations, held-out episodes per evaluation, and the actions of an open loop.
     eval_every: int = 10
     episodes: int = 200
     horizon: int = 8
@@ -338,7 +339,7 @@ def noise_seed(*key) -> int:
 
 
 def noisy(state: State, rng: random.Random, config: Config) -> State:
-    """An annotator's belief about a state: each thing is false, missing or true, independently. Where one is, one knows."""
+    """An annotator's belief about a state: the fact about each thing is independently false, missing or true. The room is always right."""
     belief = dict(state)
     for thing in ROOM_OF:
         # One draw decides between false, missing and true.
@@ -374,7 +375,10 @@ def warm_texts(seed: int, config: Config) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def warm_start(seed: int, config: Config) -> LlamaForCausalLM:
-    """The checkpoint of about 0.1 M parameters from which every arm of a seed starts. The last one is kept in memory."""
+    """The checkpoint of about 0.1 M parameters from which every arm of a seed starts. The last one is kept in memory.
+
+    Reconstruction: the model, and what it is taught before fGRPO.
+    """
     torch.manual_seed(seed)
     shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
     token_ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
@@ -441,7 +445,7 @@ def open_loop(policies: dict, arm: Arm, episodes: list[Episode], key: tuple, tem
     """Encode once, then for every action transition and decode. Returns the rows after encoding and after each action.
 
     No true observation is read on the way. What a formulation reads as its history grows by the actions and by its *own*
-    predictions (extend), or stays what was encoded; under "strict" nothing reads it any more, and both are the same.
+    predictions (extend), or stays what was encoded; under "strict" no later stage reads it, and both are the same.
     """
     # The stateless arm has no encoder: its z is empty.
     rows = [{"history": episode.history, "state": ""} for episode in episodes]
@@ -493,13 +497,13 @@ def sample_texts(policies: dict, arm: Arm, seed: int) -> list[dict]:
     return [{"written": [rows[i] for rows in after], "true": list(map(describe, [e.state, *e.states]))} for i, e in enumerate(episodes)]
 
 
-def matched_state_f1(better: list[dict], worse: list[dict]) -> tuple[float, float]:
-    """State F1 at matched prediction: (difference of state F1, difference of one-step F1 that remains), `better` less `worse`.
+def matched_state_f1(first: list[dict], second: list[dict]) -> tuple[float, float]:
+    """State F1 at matched prediction: (difference of state F1, difference of one-step F1 that remains), `first` less `second`.
 
-    The last evaluation of `worse` is compared with the evaluation of `better` whose one-step F1 is nearest to it.
+    The last evaluation of `second` is compared with the evaluation of `first` whose one-step F1 is nearest to it.
     """
-    last = worse[-1]
-    nearest = min(better, key=lambda row: abs(row["one_step"] - last["one_step"]))
+    last = second[-1]
+    nearest = min(first, key=lambda row: abs(row["one_step"] - last["one_step"]))
     return nearest["state"] - last["state"], nearest["one_step"] - last["one_step"]
 
 
@@ -602,11 +606,11 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
         curves = [[[row[key] for row in seed["evaluations"]] for seed in seeds] for key in ("one_step", "state")]
         curves.append([seed["horizons"][""] for seed in seeds])
         updates = [row["update"] for row in seeds[0]["evaluations"]]
-        # A band needs more than one seed.
         for axis, x, curve in zip(axes, (updates, updates, range(1, len(curves[2][0]) + 1)), curves):
             # One column per update or horizon, with a value per seed.
             columns = list(zip(*curve))
             axis.plot(x, [sum(values) / len(seeds) for values in columns], style.line, color=style.colour, label=name)
+            # An interval needs more than one seed.
             if len(seeds) > 1:
                 axis.fill_between(x, *zip(*map(seed_interval, columns)), color=style.colour, alpha=0.1, linewidth=0)
     titles = ("one-step prediction F1 by update", "F1 of z against the true state by update", "open-loop prediction F1 by action")

@@ -308,9 +308,9 @@ def test_no_true_observation_is_read_in_open_loop(model):
 
 
 def test_matched_state_f1():
-    better = [dict(one_step=0.6, state=0.5), dict(one_step=0.8, state=0.9), dict(one_step=0.95, state=1.0)]
-    worse = [dict(one_step=0.7, state=0.6), dict(one_step=0.85, state=0.4)]
-    assert beliefs.matched_state_f1(better, worse) == pytest.approx((0.5, -0.05))
+    first = [dict(one_step=0.6, state=0.5), dict(one_step=0.8, state=0.9), dict(one_step=0.95, state=1.0)]
+    second = [dict(one_step=0.7, state=0.6), dict(one_step=0.85, state=0.4)]
+    assert beliefs.matched_state_f1(first, second) == pytest.approx((0.5, -0.05))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
