@@ -390,11 +390,15 @@ def make_model(width: int, seed: int) -> LlamaForCausalLM:
     return disable_dropout(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), tie_word_embeddings=True, **shape, **token_ids)))
 
 
+class NotLearned(RuntimeError):
+    """A model of a seed did not reach the success at which its warm-up ends."""
+
+
 def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done: Callable[[float], bool], label: str) -> None:
     """Maximum likelihood on demonstrations of the expert, until `done` holds for the success of the model.
 
     noise: the probability that an action of the demonstrations is random. The learning rate warms up over the first 30 steps. Raises
-    Refused if `done` does not hold in time.
+    NotLearned if `done` does not hold in time.
     """
     rng = random.Random(f"imitate {seed} {noise}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -410,7 +414,7 @@ def imitate(model, seed: int, *, noise: float, lr: float, test_every: int, done:
         optimizer.zero_grad()
         if (step + 1) % test_every == 0 and done(success(model, VALIDATION + seed, SETTINGS.demo_games)):
             return
-    raise runs.Refused(f"seed {seed}, {label}: not done after {SETTINGS.demo_max_steps} steps. Choose another --seed")
+    raise NotLearned(f"seed {seed} is left out: its {label} did not get there in {SETTINGS.demo_max_steps} steps. Run another --seed")
 
 
 # Seeds of games that are never trained on: those that decide when to stop, and those that are reported.
@@ -528,6 +532,11 @@ def read_curves(out: Path, seeds: list[int]) -> dict[str, dict[int, dict[int, fl
     return {arm: {seed: read_arm(arm_file(out, arm, seed)) for seed in of_arm} for arm, of_arm in found.items() if of_arm}
 
 
+def seeds_in(out: Path) -> list[int]:
+    """The seeds whose models were made."""
+    return sorted(int(path.stem.removeprefix("seed-")) for path in out.glob("models/seed-*.json"))
+
+
 def read_measures(out: Path, seeds: list[int]) -> list[dict[str, float]]:
     """What make_models measured, per seed that has been begun."""
     return [json.loads(path.read_text()) for seed in seeds if (path := out / "models" / f"seed-{seed}.json").is_file()]
@@ -599,18 +608,28 @@ def main(argv: list[str] | None = None) -> None:
         described = {"command": command, "settings": vars(SETTINGS), **runs.describe_machine("cpu")}
         runs.replace_file(config, (json.dumps(described, indent=2) + "\n").encode())
         # What is there already is read first, so that a file that cannot be used is found before anything long.
-        known = read_curves(args.out, seeds)
+        known = read_curves(args.out, sorted({*seeds, *seeds_in(args.out)}))
+        left_out: dict[int, str] = {}
         for seed, arm in product(seeds, args.arms):
-            if seed not in known.get(arm, {}):
-                run_arm(args.out, arm, seed)
-        text = table(args.out, seeds)
+            if seed not in known.get(arm, {}) and seed not in left_out:
+                try:
+                    run_arm(args.out, arm, seed)
+                except NotLearned as error:
+                    left_out[seed] = str(error)
+        # From all files that are there, also of other seeds than this command's.
+        done = seeds_in(args.out)
+        if not done:
+            sys.exit("\n".join(left_out.values()))
+        text = table(args.out, done)
         runs.replace_file(args.out / "table.md", text.encode())
-        draw(args.out, seeds)
+        draw(args.out, done)
     except runs.Refused as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on with the first arm that has no file")
     print(text)
+    if left_out:
+        sys.exit("\n".join(left_out.values()))
 
 
 if __name__ == "__main__":

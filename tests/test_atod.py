@@ -396,6 +396,31 @@ def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
         atod.main(["--out", out, "--arms", "early-opd"])
 
 
+def test_a_model_that_does_not_learn_in_time(monkeypatch):
+    monkeypatch.setattr(atod, "SETTINGS", settings(**TINY, demo_max_steps=2))
+    never = dict(noise=0.0, lr=1e-3, test_every=1, done=lambda share: False, label="teacher")
+    with pytest.raises(atod.NotLearned, match="seed 3 is left out: its teacher .* in 2 steps"):
+        atod.imitate(atod.make_model(16, seed=0), 3, **never)
+
+
+def test_a_seed_that_cannot_be_warmed_up_is_left_out(quick, monkeypatch, tmp_path, capsys):
+    make_models = atod.make_models
+
+    def fails_for_seed_1(seed):
+        if seed == 1:
+            raise atod.NotLearned("seed 1 is left out")
+        return make_models(seed)
+
+    monkeypatch.setattr(atod, "make_models", fails_for_seed_1)
+    with pytest.raises(SystemExit, match="seed 1 is left out"):
+        atod.main(["--seed", "1", "--out", str(tmp_path), "--arms", "grpo"])
+    # The other seeds are run and reported all the same.
+    with pytest.raises(SystemExit, match="seed 1 is left out"):
+        atod.main(["--seeds", "3", "--out", str(tmp_path), "--arms", "grpo"])
+    assert "| grpo | 2 |" in capsys.readouterr().out
+    assert atod.seeds_in(tmp_path) == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -422,4 +447,4 @@ def test_a_committed_table_is_that_of_its_files():
     folder = Path(atod.__file__).parents[1] / "results" / "companions" / "atod"
     if not folder.is_dir():
         pytest.skip("no results yet")
-    assert (folder / "table.md").read_text() == atod.table(folder, seeds=list(range(5)))
+    assert (folder / "table.md").read_text() == atod.table(folder, atod.seeds_in(folder))
