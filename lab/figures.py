@@ -128,7 +128,8 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
     """The joint rollouts of one problem, {update: sample}, and the reason for choosing it; None if there is no candidate.
 
     Candidates are the problems with samples of at least three evaluations, in the order of the files. First choice is one that was
-    wrong and had jargon before training and was right after it, then one that was wrong before and right after it, then any.
+    wrong and had jargon before training and was right after it, then one that has lost its jargon, then one that was wrong before
+    and right after it, then any.
     """
     candidates = []
     for path in files:
@@ -138,15 +139,21 @@ def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
                 by_question.setdefault(sample["question"], {})[sample["update"]] = sample
         candidates += [samples for samples in by_question.values() if len(samples) >= 3]
     corrected = [samples for samples in candidates if samples[min(samples)]["reward"] < samples[max(samples)]["reward"]]
-    with_jargon = [samples for samples in corrected if has_jargon("".join(text for _, text in samples[min(samples)]["spans"]))]
+    with_jargon = [samples for samples in corrected if sample_has_jargon(samples[min(samples)])]
+    lost_jargon = [s for s in candidates if sample_has_jargon(s[min(s)]) and not sample_has_jargon(s[max(s)])]
     for samples, reason in (
         (with_jargon, "Chosen: the first with <<...>> that went from wrong to right"),
+        (lost_jargon, "Chosen: the first that lost its <<...>>"),
         (corrected, "Chosen: the first that went from wrong to right"),
         (candidates, "The first sample"),
     ):
         if samples:
             return samples[0], reason
     return None
+
+
+def sample_has_jargon(sample: dict) -> bool:
+    return has_jargon("".join(text for _, text in sample["spans"]))
 
 
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:

@@ -115,18 +115,40 @@ def load(kind, name: str, **options):
         raise ValueError(f"cannot load {name!r} ({reason}). {remedy}.") from error
 
 
-@torch.no_grad()
 def check_decoding(pair: Pair, name: str) -> None:
     """Raises ValueError unless what rollout.py and reinforce.py do with the pair agrees with plain forward passes.
 
-    That is one left-padded, cached step of both roles, and the output layer on top of the hidden states. A fresh adapter does
-    nothing, so for the comparison it gets random weights. Agreement is measured by the total variation distance of the
-    distributions of the next token.
+    In bfloat16, rounding alone can be amplified beyond any tolerance under an unlucky random adapter. An error would show under
+    every adapter, so a pair is refused only if three of them disagree.
+    """
+    tolerance = 1e-3 if pair.senior.dtype == torch.float32 else 0.1
+    for seed in range(3):
+        try:
+            distances = compare_with_plain_passes(pair, seed)
+        except Exception as error:
+            # Whatever goes wrong here would go wrong in the first rollout.
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name} cannot be decoded step by step here ({reason}). Choose another model") from error
+        # Written so that nan counts as a disagreement.
+        wrong = {what: distance for what, distance in distances.items() if not distance < tolerance}
+        if not wrong:
+            return
+    what, distance = next(iter(wrong.items()))
+    raise ValueError(f"{name} {what} (total variation distance {distance:.2g}). Choose another model")
+
+
+@torch.no_grad()
+def compare_with_plain_passes(pair: Pair, seed: int) -> dict[str, float]:
+    """What may be wrong with a pair: the distance between our computation and plain forward passes, for each.
+
+    Compared are one left-padded, cached step of both roles, and the output layer on top of the hidden states, by the total
+    variation distance of the distributions of the next token. A fresh adapter does nothing, so here it gets random weights.
     """
     rows, written = [[1, 2, 3, 4, 5], [3, 2, 1]], [6, 5]
-    device, half = pair.senior.device, pair.senior.dtype != torch.float32
+    device = pair.senior.device
+    reset_adapter(pair.senior, seed)
     matrices = [module.lora_B["default"].weight for module in pair.senior.modules() if isinstance(module, LoraLayer)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for matrix in matrices:
         matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
     try:
@@ -144,20 +166,15 @@ def check_decoding(pair: Pair, name: str) -> None:
             plain += [pair.junior(input_ids=ids).logits[0, -1] for ids in texts]
         base = pair.senior.get_base_model()
         scored = [base.get_output_embeddings()(base.base_model(input_ids=ids)[0])[0, -1] for ids in texts]
-    except Exception as error:
-        # Whatever goes wrong here would go wrong in the first rollout.
-        raise ValueError(f"{name} cannot be decoded step by step here ({type(error).__name__}: {error}). Choose another model") from error
     finally:
         for matrix in matrices:
             matrix.zero_()
     seen = {
-        "scales or caps its logits after the output layer, which is not supported": (torch.stack(scored), torch.stack(plain[:2])),
-        "decodes with a cache and padding something else than in a plain forward pass": (cached, torch.stack(plain)),
+        "scales or caps its logits after the output layer, which is not supported": (scored, plain[:2]),
+        "decodes with a cache and padding something else than in a plain forward pass": (cached, plain),
     }
-    for what, (ours, theirs) in seen.items():
-        distance = (ours.float().softmax(-1) - theirs.float().softmax(-1)).abs().sum(-1).max().item() / 2
-        if not distance < (0.1 if half else 1e-3):
-            raise ValueError(f"{name} {what} (total variation distance {distance:.2g}). Choose another model")
+    distributions = {what: [torch.stack(list(logits)).float().softmax(-1) for logits in both] for what, both in seen.items()}
+    return {what: (ours - theirs).abs().sum(-1).max().item() / 2 for what, (ours, theirs) in distributions.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -180,10 +180,11 @@ def write_config(args: argparse.Namespace) -> None:
     if parallel.is_main():
         config = {"flags": vars(args), **describe_machine(args.device)}
         replace_file(folder / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
-        # A last line that was cut off must not swallow the next one. Readers skip empty lines.
+        # A last line that was cut off must not swallow the next one.
         for path in folder.glob("*.jsonl") if args.resume else []:
-            with open(path, "a") as file:
-                file.write("\n")
+            with open(path, "rb+") as file:
+                if file.read()[-1:] not in (b"", b"\n"):
+                    file.write(b"\n")
 
 
 def describe_machine(device: str) -> dict:

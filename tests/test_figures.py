@@ -244,6 +244,21 @@ def test_figure_1(tmp_path, drawn):
     assert "Chosen: the first with <<...>> that went from wrong to right" in texts
 
 
+def test_figure_1_shows_jargon_that_goes_although_the_answer_was_right_before(tmp_path):
+    """The first sample never had jargon; the second had it, and lost it; both were right all the time."""
+    texts = {"plain": ["3+4=7."] * 3, "annotated": ["3+4=<<3+4=7>>7.", "3+4=7.", "3+4=7."]}
+    rows = [
+        {"update": 4 * i, "who": "tandem", "question": question, "gold": "7", "reward": 1.0, "spans": [["senior", text]]}
+        for question, of_question in texts.items()
+        for i, text in enumerate(of_question)
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    samples, reason = figures.choose_example([path])
+    assert samples[0]["question"] == "annotated"
+    assert reason == "Chosen: the first that lost its <<...>>"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # All of it
 

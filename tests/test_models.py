@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import llama
+from lab import models
 from lab.models import SharedJunior, encode_prompts, load_pair, load_tokenizers, reset_adapter, trainable_parameters
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import plain_loss
@@ -283,3 +284,27 @@ def test_an_end_token_that_is_no_named_special_token_writes_nothing(tokenizer):
     assert pieces[copy.convert_tokens_to_ids("<|eot_id|>")] == b""
     assert pieces[5] == b""
     assert token_bytes(copy, len(copy))[5] != b""
+
+
+def test_a_pair_is_refused_only_if_every_adapter_disagrees(base_folder, monkeypatch):
+    """One disagreement may be amplified rounding; three are an error, and so is one that is not a number."""
+    options = dict(rank=4, four_bit=False, device="cpu")
+    seen: list[float] = []
+    monkeypatch.setattr(models, "compare_with_plain_passes", lambda pair, seed: {"decodes wrongly": seen.pop(0)})
+    for good in ([0.5, 0.5, 0.0], [0.0]):
+        seen[:] = good
+        load_pair(str(base_folder), str(base_folder), **options)
+        assert seen == []
+    for bad in ([0.5, 0.5, 0.5], [float("nan")] * 3):
+        seen[:] = bad
+        with pytest.raises(ValueError, match="decodes wrongly"):
+            load_pair(str(base_folder), str(base_folder), **options)
+
+
+def test_the_comparison_is_the_same_every_time(base_folder):
+    pair = load_pair(str(base_folder), str(base_folder), rank=4, four_bit=False, device="cpu")
+    torch.manual_seed(1)
+    first = models.compare_with_plain_passes(pair, seed=0)
+    torch.manual_seed(2)
+    assert models.compare_with_plain_passes(pair, seed=0) == first
+    assert all(distance < 1e-3 for distance in first.values())

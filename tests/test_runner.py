@@ -123,6 +123,9 @@ def test_resume_gives_the_same_run(command, flags, tmp_path):
     assert [row["update"] for row in runs.read_rows(broken / "metrics.jsonl")] == [0, 1]
     assert (broken / "metrics.jsonl").read_text().count('{"update": 1,') == 2
     main([*other, "--resume"])
+    # No line is empty, so that any reader of JSON lines can read the file; only the one that was cut off is not a row.
+    lines = (broken / "metrics.jsonl").read_text().splitlines()
+    assert [line for line in lines if not line.endswith("}")] == ['{"update": 2, "rew']
     assert without_times(runs.read_rows(broken / "metrics.jsonl")) == expected
     assert runs.read_rows(broken / "samples.jsonl") == samples
     before = (broken / "metrics.jsonl").read_text()
