@@ -111,6 +111,11 @@ def load(kind, name: str, **options):
         # The first sentence of its message: later ones are about the libraries' own options, and may be bad advice here.
         said = str(error).split("\n")[0].split(". ")[0][:200]
         reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        # For what can only be a path, the libraries' message would be about names on the hub.
+        if Path(name).is_absolute() and not Path(name).exists():
+            reason = "there is no such folder"
+        elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            reason = "the folder has no config.json"
         remedy = "Name a local folder or a checkpoint of the hub that can be reached, or use --preset tiny, which needs neither"
         raise ValueError(f"cannot load {name!r} ({reason}). {remedy}.") from error
 

@@ -460,6 +460,8 @@ def test_a_folder_that_holds_a_run_is_kept(command, tmp_path):
     ("flags", "message"),
     [
         ("--senior no/such-checkpoint --junior no/such-checkpoint", r"cannot load 'no/such-checkpoint' \(\w+Error.*--preset tiny"),
+        ("--senior /no/such-folder --junior /no/such-folder", r"cannot load '/no/such-folder' \(there is no such folder\)"),
+        (f"--senior {Path(__file__).parent} --junior tiny", r"cannot load .*tests' \(the folder has no config.json\)"),
         ("--problems /no/such/folder", "/no/such/folder/train.jsonl is not there"),
     ],
 )
