@@ -74,7 +74,7 @@ def outcome_weights(rewards: torch.Tensor, wrong_weight: float) -> torch.Tensor:
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """GRPO: A of equation (4) for every rollout, (B,). Each run of `group_size` consecutive rollouts shares a problem.
+    """GRPO: A of equation (4) for every rollout, (B,). Every `group_size` consecutive rollouts share a problem.
 
     If all rewards of a group are equal, its advantages are 0. Raises ValueError if group_size is 1, so that all advantages
     would be 0, or if it does not divide B.

@@ -102,7 +102,8 @@ def release_freed() -> None:
     """Give memory that was freed back to the operating system (Linux with glibc; elsewhere this does nothing).
 
     glibc keeps freed blocks of up to 32 MiB for later allocations, and key-value caches consist of such blocks. As their sizes
-    differ from batch to batch, the old blocks often do not fit, and a run would grow to several times its plan.
+    differ from batch to batch, the old blocks often do not fit. Between batches this halves the memory of a run or more; its
+    peak, while a batch is written, falls by little (results/README.md, section 8).
     """
     if sys.platform == "linux":
         # Other C libraries, such as musl, have no malloc_trim.
