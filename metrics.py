@@ -82,7 +82,10 @@ def summarise(texts: Sequence[str], golds: Sequence[str], lengths: Sequence[int]
     means = {name: sum(metric(text, gold) for text, gold in zip(texts, golds)) / n for name, metric in METRICS.items()}
     counts = Counter(language_of(text, languages) for text in texts)
     shares = {language: count / n for language, count in sorted(counts.items())}
-    return {"n": n, **means, "languages": shares, "tokens": sum(lengths) / n}
+    # The outcome on every problem, so that two arms can be compared problem by problem.
+    outcomes = {name: [float(metric(text, gold)) for text, gold in zip(texts, golds)] for name, metric in METRICS.items()}
+    outcomes["language"] = [language_of(text, languages) for text in texts]
+    return {"n": n, **means, "languages": shares, "tokens": sum(lengths) / n, "outcomes": outcomes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,6 +142,7 @@ def batch_statistics(rollouts: "Rollouts", rewards: torch.Tensor) -> dict:
         "senior_share": int(rollouts.senior_mask.sum()) / num_tokens,
         "handoffs": rollouts.handoffs().float().mean().item(),
         "tokens": num_tokens,
+        "jargon": sum(map(has_jargon, rollouts.texts)) / len(rollouts),
         "logprob_right": mean_logprob(rewards == 1),
         "logprob_wrong": mean_logprob(rewards != 1),
     }

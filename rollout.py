@@ -25,6 +25,7 @@ log-probabilities under the full softmax.
 
 import codecs
 import itertools
+import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -244,6 +245,8 @@ def rollout(
         # Also recorded, for readers only: the other candidate, and whether the token is the first since a toss.
         buffer.append_trace(t, torch.where(by_senior, junior_ids, senior_ids), handoff.since_toss == 1)
         # 4. Every few steps, finished rows are dropped from the batch, if there are enough of them (see RolloutBuffer).
+        if t % buffer.CHECK_EVERY == buffer.CHECK_EVERY - 1:
+            buffer.finish_answered(t, pair.pieces)
         index = buffer.rows_to_keep(t)
         if index is not None:
             if len(index) == 0:
@@ -303,6 +306,9 @@ class CachedDecoder:
     def __init__(self, model, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int, num_roles: int = 1):
         rows, width = prompt_ids.shape
         self.model, self.num_roles, self.length = model, num_roles, 0
+        shared = common_prefix(prompt_ids, prompt_mask, num_roles)
+        if shared >= MIN_SHARED:
+            prompt_ids, prompt_mask = prefix_first(prompt_ids, prompt_mask, shared, num_roles)
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + max_new_tokens))
         # Only prompts contain padding, so the mask is 1 at all later positions. What a finished row reads makes no difference.
         self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_new_tokens)], 1)  # (num_roles * B, P + C)
@@ -312,7 +318,16 @@ class CachedDecoder:
         # that is not contiguous, and PyTorch would then copy the output layer once per row.
         self.last_position = torch.tensor([-1], device=prompt_ids.device)
         # Prefill: the whole prompts in one pass. (The positions of padding, -1 before the clamp, are masked.)
-        self._forward(prompt_ids, (prompt_mask.cumsum(1) - 1).clamp(min=0))
+        position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        if shared >= MIN_SHARED:
+            # The solved examples with which all prompts begin are read once per role, and their keys and values are copied.
+            batch, full_mask = rows // num_roles, self.mask
+            self.mask = full_mask[::batch]
+            self._forward(prompt_ids[::batch, :shared], position_ids[::batch, :shared])
+            self.cache.batch_select_indices(torch.arange(num_roles, device=prompt_ids.device).repeat_interleave(batch))
+            self.mask = full_mask
+            prompt_ids, position_ids = prompt_ids[:, shared:], position_ids[:, shared:]
+        self._forward(prompt_ids, position_ids)
 
     def step(self, ids: torch.Tensor) -> None:
         """Append one written token (B,) to what the model has read."""
@@ -337,6 +352,30 @@ class CachedDecoder:
         index = torch.cat([index + role * batch for role in range(self.num_roles)])
         self.mask, self.position = self.mask[index], self.position[index]
         self.cache.batch_select_indices(index)
+
+
+# A shorter common beginning is not worth a pass of its own.
+MIN_SHARED = 64
+
+
+def common_prefix(ids: torch.Tensor, mask: torch.Tensor, num_roles: int) -> int:
+    """How many tokens all prompts of a role have in common at their beginning; of two roles, the smaller number. At most P - 1."""
+    lengths = []
+    for role_ids, role_mask in zip(ids.chunk(num_roles), mask.chunk(num_roles)):
+        prompts = [row[real.bool()].tolist() for row, real in zip(role_ids, role_mask)]
+        first, last = min(prompts), max(prompts)
+        # Every prompt lies between these two in alphabetical order, so they share what all of them share.
+        lengths.append(sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last[:-1]))))
+    return min(lengths)
+
+
+def prefix_first(ids: torch.Tensor, mask: torch.Tensor, shared: int, num_roles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `shared` tokens of every prompt, then its padding, then the rest of it, (B, P) as before."""
+    padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
+    column = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, P)
+    # Column c of the result comes from column c + padding in the shared part, and from c - shared in the padding.
+    source = torch.where(column < shared, column + padding, torch.where(column < shared + padding, column - shared, column))
+    return ids.gather(1, source), mask.gather(1, source)
 
 
 class RolloutBuffer:
@@ -383,6 +422,12 @@ class RolloutBuffer:
         """Fill column t with the candidates that were not written, (b,), and whether a coin was tossed, (b,)."""
         self.discarded_ids[self.rows, t] = discarded_ids
         self.toss_mask[self.rows, t] = tossed.long()
+
+    def finish_answered(self, t: int, pieces: list[bytes]) -> None:
+        """Finish the rows that have completed their answer line up to step t; `truncate` removes what follows it."""
+        for i, (ids, unfinished) in enumerate(zip(self.ids[self.rows, : t + 1].tolist(), self.unfinished.tolist())):
+            if unfinished and ANSWERED.search(b"".join(pieces[token] for token in ids)):
+                self.unfinished[i] = False
 
     def rows_to_keep(self, t: int) -> torch.Tensor | None:
         """Indices of the unfinished rows if it is time to compact the batch after step t, else None."""
@@ -464,6 +509,10 @@ def join(parts: list[Rollouts]) -> Rollouts:
     return Rollouts(**tensors, texts=[text for part in parts for text in part.texts])
 
 
+# A completion ends with the line that holds "####" and a number, as in evaluation harnesses.
+ANSWERED = re.compile(rb"####[^\n]*[0-9][^\n]*\n")
+
+
 def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
     """End every completion before the text `stop`: the token in which it begins, and all after it, become padding.
 
@@ -475,10 +524,14 @@ def truncate(rollouts: Rollouts, stop: str, pair: Pair) -> Rollouts:
     for row in range(len(rollouts)):
         pieces = [pair.pieces[token] for token in rollouts.completion_ids[row][mask[row].bool()].tolist()]
         start = b"".join(pieces).find(stop.encode())
+        ends = list(itertools.accumulate(len(piece) for piece in pieces))
         if start >= 0:
             # Keep the tokens that end at or before the first byte of `stop`.
-            ends = itertools.accumulate(len(piece) for piece in pieces)
             mask[row, sum(end <= start for end in ends) :] = 0
+        answered = ANSWERED.search(b"".join(pieces))
+        if answered:
+            # Keep the tokens up to the one that writes the line break.
+            mask[row, sum(end < answered.end() for end in ends) + 1 :] = 0
     texts = decode(rollouts.completion_ids, mask, pair.pieces)
     masked = {name: getattr(rollouts, name) * mask for name in ("senior_mask", "toss_mask", "logprobs")}
     return replace(rollouts, completion_mask=mask, **masked, texts=texts)

@@ -140,10 +140,15 @@ PRESETS = {
     "smol": dict(senior=SMOL, junior=SMOL, problems="varied", teach_steps=100, specialist_steps=120, specialist_batch=16)
     | dict(specialist_lr=1e-3, lr=3e-4, max_new_tokens=128, batch=32, rollout_batch=128, micro_tokens=1024)
     | dict(updates=24, eval_every=8, eval_problems=100),
+    # A real pretrained pair on the real GSM8K, in bfloat16. The senior is fine-tuned on annotated solutions for some steps; its junior is
+    # shown three solved examples instead.
+    "qwen": dict(senior="Qwen/Qwen2.5-Coder-1.5B-Instruct", junior="Qwen/Qwen2.5-Coder-0.5B-Instruct", problems="openai/gsm8k")
+    | dict(shots=3, specialist_steps=30, specialist_batch=8, specialist_lr=1e-3, bfloat16=True)
+    | dict(lr=5e-4, max_new_tokens=160, batch=64, rollout_batch=64, micro_tokens=2048, updates=20, eval_every=5, eval_problems=100),
     # The paper's models, on GSM8K, on one GPU.
     "paper": dict(senior="neuralmagic/Llama-2-7b-gsm8k", junior="NousResearch/Llama-2-7b-chat-hf", problems="openai/gsm8k")
     | dict(four_bit=True, checkpointing=True, eight_bit_adam=True, max_new_tokens=256, rollout_batch=152)
-    | dict(lr=1e-4, updates=80, specialist_steps=0, shots=3),
+    | dict(lr=1e-4, updates=80, specialist_steps=0),
 }
 
 
@@ -185,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--validation", action="store_true", help="evaluate on a tenth of the training problems, kept out of training")
     group.add_argument("--senior-language", choices=tasks.LANGUAGES, default="en", help="language in which the senior is asked to answer")
     group.add_argument("--junior-language", choices=tasks.LANGUAGES, default="en", help="language in which the junior is asked to answer")
-    group.add_argument("--shots", type=number(int, 0, 3), default=0, help="solved examples per prompt; none if the languages are equal")
+    group.add_argument("--shots", type=number(int, 0, 3), help="solved examples per prompt (default: 3 on GSM8K if the languages differ, else 0)")
     group = parser.add_argument_group("rollouts")
     group.add_argument("--handoff", choices=SCHEDULES, default="word", help="schedule: before which tokens a coin is tossed")
     group.add_argument("--p", type=number(float, 0, 1), default=0.5, help="probability that a coin names the senior")

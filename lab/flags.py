@@ -106,8 +106,6 @@ def check_together(
     defaults = ("updates", "eval_every", "eval_problems")
     useless = [flag for flag in given if flag not in defaults and all(flag in arms[run.arm] for run in runs)]
     useless += [flag for flag in given if flag in ALGORITHM_OF and all(run.algorithm != ALGORITHM_OF[flag] for run in runs)]
-    if "shots" in given and all(run.senior_language == run.junior_language for run in runs):
-        useless.append("shots")
     if useless:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in useless)
         parser.error(f"{flags}: no effect on {', '.join(dict.fromkeys(run.arm for run in runs))}. Leave it out, or choose other --arms")

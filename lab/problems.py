@@ -17,13 +17,14 @@ The three parts of the file: reading GSM8K, generating problems, and prompts. Pr
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import random
 import re
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from reward import final_number
@@ -259,7 +260,7 @@ def load_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
 
 def training_problems(args: argparse.Namespace) -> list[Problem]:
     """The training split of a GSM8K-like source, without the tenth that --validation evaluates on."""
-    train = load_gsm8k(args.problems, "train")
+    train = [problem for problem in load_gsm8k(args.problems, "train") if problem not in examples(args)]
     return [problem for problem in train if not (args.validation and split_of(problem.question) == "validation")]
 
 
@@ -315,9 +316,30 @@ def chat_prompt(tokenizer, question: str, language: str = "en", shots: list[tupl
 EXAMPLES = [Problem(**json.loads(line)) for line in Path(__file__).with_name("examples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def demonstrations(n: int, language: str, annotated: bool) -> list[tuple[str, str]]:
-    """n solved examples (question, solution) in a language: with <<...>> for a specialist, without for its junior."""
-    texts = [(example.question, example.solutions[language]) for example in EXAMPLES[:n]]
+@lru_cache
+def first_short_problems(source: str, n: int) -> list[Problem]:
+    """The first n training problems of GSM8K whose solution has two or three steps, each of them annotated."""
+    short = (problem for problem in load_gsm8k(source, "train") if re.fullmatch(r"([^\n]*<<[^\n]*\n){2,3}####.*", problem.solutions["en"]))
+    return list(itertools.islice(short, n))
+
+
+def examples(args: argparse.Namespace) -> list[Problem]:
+    """The solved examples of --shots. Where both models speak English, GSM8K's own; they are then left out of training."""
+    if args.senior_language == args.junior_language == "en" and args.problems not in WORLDS:
+        return first_short_problems(args.problems, shots_of(args))
+    return EXAMPLES[: shots_of(args)]
+
+
+def shots_of(args: argparse.Namespace) -> int:
+    """The number of solved examples per prompt: without --shots three where the languages differ and GSM8K is solved, else none."""
+    if args.shots is not None:
+        return args.shots
+    return 3 if args.senior_language != args.junior_language and args.problems not in WORLDS else 0
+
+
+def demonstrations(problems: list[Problem], language: str, annotated: bool) -> list[tuple[str, str]]:
+    """Solved examples (question, solution) in a language: with <<...>> for a specialist, without for its junior."""
+    texts = [(problem.question, problem.solutions[language]) for problem in problems]
     return [(question, text if annotated else plain(text)) for question, text in texts]
 
 
@@ -326,13 +348,13 @@ def prompts_of_pair(problems: list[Problem], args: argparse.Namespace, junior_to
 
     A specialist was fine-tuned on the Question/Answer format. A junior with a chat template is asked as in a chat, and so is
     a senior that starts as the same model (Tandem RL): before training the two are then one policy. A taught base
-    (lab/teach.py) is asked in the form in which it was taught, whatever its tokenizer has. The solved examples (--shots) are
-    given only where the two languages differ.
+    (lab/teach.py) is asked in the form in which it was taught, whatever its tokenizer has.
     """
-    shots = args.shots if args.senior_language != args.junior_language else 0
-    # Open in paper: the demonstrations. These are ours: annotated for the senior, plain for the junior.
-    senior_shots = demonstrations(shots, args.senior_language, annotated=True)
-    junior_shots = demonstrations(shots, args.junior_language, annotated=False)
+    # Open in paper: the demonstrations. These are ours: annotated for the senior, plain for the junior. A senior that is
+    # fine-tuned first needs none.
+    shown = examples(args)
+    senior_shots = [] if args.specialist_steps else demonstrations(shown, args.senior_language, annotated=True)
+    junior_shots = demonstrations(shown, args.junior_language, annotated=False)
     in_chat = junior_tokenizer.chat_template and not args.teach_steps
     ask_junior = partial(chat_prompt, junior_tokenizer) if in_chat else prompt
     ask_senior = ask_junior if args.specialist_steps == 0 and args.senior == args.junior else prompt

@@ -323,7 +323,6 @@ def test_a_specialist_that_is_not_finite_is_not_saved(finished, tmp_path, monkey
         ("--specialist-lr 1e30", "--specialist-lr: 1e30: must"),
         ("--solo", "unrecognized arguments: --solo"),
         ("--arms tandem tandem", "--arms tandem tandem: name every arm once"),
-        ("--shots 2", "--shots: no effect on tandem, solo"),
         ("--setting sweep --junior-weight 0.3", "--junior-weight: no effect on c0-j0, .*choose other --arms"),
         ("--setting granularity --arms p-0.25 p-0.75 --p 0.3", "--p: no effect on p-0.25, p-0.75"),
         ("--setting language --senior-language fr", "--senior-language: no effect"),

@@ -67,7 +67,7 @@ def test_prompt_cues():
 def test_demonstrations(language):
     """Right in each step, in their language, annotated for the specialist alone."""
     for annotated in (True, False):
-        shots = demonstrations(len(EXAMPLES), language, annotated)
+        shots = demonstrations(EXAMPLES, language, annotated)
         for (question, solution), example in zip(shots, EXAMPLES):
             assert question == example.question
             assert reward(solution, example.gold) == 1.0

@@ -58,8 +58,8 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, cap
         start, first, second = rows(folder / "metrics.jsonl")
         assert set(start) == {"update", "eval", "seconds_eval"}
         assert set(start["eval"]) == {"senior", "tandem", "junior"}
-        assert set(start["eval"]["senior"]) == {"n", "accuracy", "jargon", "languages", "tokens"}
-        expected = "update reward senior_share handoffs loss grad_norm tokens logprob_right logprob_wrong seconds_rollout seconds_update"
+        assert set(start["eval"]["senior"]) == {"n", "accuracy", "jargon", "languages", "tokens", "outcomes"}
+        expected = "update reward senior_share handoffs loss grad_norm tokens jargon logprob_right logprob_wrong seconds_rollout seconds_update"
         expected = expected.split()
         assert set(first) == set(expected)
         assert set(second) == {*expected, "eval", "seconds_eval"}
@@ -276,9 +276,8 @@ def test_each_writer_is_asked_in_its_language(command, monkeypatch):
     monkeypatch.setattr(run_gsm8k.models, "encode_prompts", lambda t, prompts, d: asked.append(prompts[0]) or real(t, prompts, d))
     main([*command, "--setting", "language", "--arms", "fr-de-tandem", "--shots", "1", "--updates", "1"])
     senior, junior = asked[0], asked[1]
+    assert senior.startswith("Question: ")  # it has been fine-tuned, so it is shown no examples
     assert senior.endswith("\nRéponse:")
-    assert senior.startswith("Résous le problème")
-    assert "<<24*5=120>>" in senior
     assert junior.endswith("\nAntwort:")
     assert junior.startswith("Löse die Aufgabe")
     assert "<<" not in junior
