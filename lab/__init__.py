@@ -1,9 +1,9 @@
-"""Everything around the algorithm: problems, models, the specialist, the tiny base, run folders, memory, figures, benchmark.
+"""Everything around the algorithm: settings, speed, problems, models, run folders, figures.
 
-Import this package before torch. By default, idle OpenMP threads spin for long. If another program occupies a core, the
-remaining threads waste most of their time spinning. A short spin before they sleep costs little on a quiet machine and
-keeps a busy one at about twice the time. (OMP_WAIT_POLICY=PASSIVE, no spin at all, doubles the time on a quiet one.) What
-the environment already sets is kept.
+Import this package before torch. By default, idle OpenMP threads spin for long. If another program
+occupies a core, the remaining threads waste most of their time spinning. A short spin before they
+sleep costs little on a quiet machine and keeps a busy one at about twice the time. What the
+environment already sets is kept.
 """
 
 import logging

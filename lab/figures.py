@@ -1,685 +1,624 @@
-"""Every figure and table, drawn from the rows that runs have written, and from nothing else:  python -m lab.figures RUNS
+"""Every figure, drawn from the rows that runs have written:  python -m lab.figures RUNS
 
-RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per update, samples.jsonl has some rollouts
-and measures.jsonl (with --measures) one number per problem. A setting is a list of arms that are compared. Its figures are written
-to RUNS/figures/, each as PNG and as PDF:
+RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per
+update, samples.jsonl some rollouts, and measures.jsonl (with --measures) one number per problem. A
+setting is a list of arms that are compared (lab/experiments.py). Its tables (lab/tables.py) are
+printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
 
-    skill         skill-figure1 (three rollouts of one problem), skill-figure2 (accuracy and jargon)
-    language      language-figure2 (accuracy and jargon), language-figure3 (the language of the solutions), one column per pair
-    granularity   granularity: jargon, accuracy and handoffs by schedule, and by the probability p of the senior
-    control       control: is it the reward that changes the senior, or imitation?
-    sweep         sweep: the weights c (of wrong rollouts) and j (of the junior's tokens)
-    pressure, pressure-language, rlvr      see lab/figures_rl.py
-    all of them   rollouts.html: a page on which to see who wrote what (lab/viewer.py)
+    skill              skill-figure1 (three rollouts of one problem), skill-figure2
+    language           language-figure2, language-figure3 (the language of the solutions)
+    granularity        by schedule, and by the probability p of the senior
+    control            is it the reward that changes the senior, or imitation?
+    sweep              the weights c (of wrong rollouts) and j (of the junior's tokens)
+    pressure           GRPO gives the junior's tokens no weight: can the reward alone drive out the
+                       jargon, and does jargon that costs the pair more go faster?
+    pressure-language  as language
+    rlvr               the measures of Tandem RL (Jiao et al., 2026)
+    all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
-How seeds are pooled, and what the intervals and the thin lines are, stands at the top of lab/curves.py.
-This file neither loads a model nor computes a metric.
+A thick line is pooled over the seeds of an arm, a thin one is a single seed, a band is Wilson's
+interval of the evaluation. To add a figure, write a function of (folder, runs, setting) that
+returns the path of its PNG, and name it in FIGURES.
 """
 
-import json
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import cycle, groupby
+from collections.abc import Iterable
+from itertools import chain, cycle, groupby
 from math import isnan, nan
 from pathlib import Path
 
+import pandas as pd
+
+os.environ["MPLBACKEND"] = "Agg"  # draws to files, without a screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from lab import viewer
-from lab.curves import (
-    BLUE,
-    RED,
-    SKY,
-    STYLES,
-    WIDTH,
-    Point,
-    Rows,
-    Runs,
-    Style,
-    add_caption_and_save,
-    add_legend,
-    draw_arms,
-    draw_curve,
-    draw_junior,
-    is_sample,
-    labels_and_styles,
-    markdown_table,
-    pooled,
-    read_checked,
-    read_flags,
-    read_runs,
-    save,
-    updates_until,
-    with_interval,
-)
-from lab.figures_rl import (
-    PRESSURE_ARMS,
-    figure_pressure,
-    figure_rlvr,
-    table_of_differences,
-    table_of_doses,
-    table_of_measures,
-)
-from lab.runs import seed_folders
+from lab import tables, viewer
+from lab.experiments import SETTINGS
+from lab.runs import errors_in_one_line, writing
+from lab.tables import arms_in, by_seed, pooled, read_flags, read_runs
 from metrics import has_jargon
 
-# The known languages, and the styles of any other one.
-LANGUAGE_STYLES = {"en": ("English", STYLES[0]), "de": ("German", STYLES[3]), "fr": ("French", STYLES[4])}
-OTHER_LANGUAGE_STYLES = [STYLES[1], STYLES[2], *STYLES[5:]]
+plt.rcParams |= {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False}
+plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25}
+WIDTH = 7.0  # inches: the text width of a paper with two columns
+# The colours of Okabe and Ito (2008), which the colour-blind can tell apart.
+BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9".split()
+LOOKS = [*zip((BLUE, RED, GREEN, ORANGE, PINK, SKY), "os^DvP")]
+STYLES = [dict(color=c, marker=m, linestyle=line) for line in ("-", "--", ":") for c, m in LOOKS]
+YLABELS = {"accuracy": "accuracy (%)", "jargon": "solutions with jargon (%)"}
+LANGUAGES = {"en": ("English", STYLES[0]), "de": ("German", STYLES[3]), "fr": ("French", STYLES[4])}
+# What the legends call the arms of a setting. Arms of a pair of languages are named without it.
+SKILL = {"tandem": "tandem training", "solo": "standard RL"}
+PRESSURE = {"grpo-tandem": "GRPO, tandem (j = 0)"}
+PRESSURE |= {"grpo-shuffled": "GRPO, tandem, rewards shuffled", "grpo-solo": "GRPO, solo"}
+PRESSURE |= {f"reinforce-j{j}": f"REINFORCE, tandem, j = {j}" for j in (1, 0)}
+CONTROL = {"tandem": "true rewards, j = 1 (main)", "shuffled": "shuffled rewards, j = 1"}
+CONTROL |= {"senior-only": "true rewards, j = 0"}
+RLVR = {"rlvr-tandem": "tandem GRPO", "rlvr-solo": "solo GRPO", "rlvr-solo-kl": "solo GRPO + KL"}
+RLVR |= {"rlvr-solo-16": "solo GRPO, group of 16"}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Skill. A function below that is named after a figure draws it and returns the path of the PNG.
+Curve = tuple[pd.DataFrame, str, str, str, dict]  # the runs of an arm, who, metric, label, style
 
-SKILL_ARMS = {"tandem": "tandem training", "solo": "standard RL"}
-COLUMNS, GAP = 40, 2  # characters: the width of each of figure 1's three columns, and the space between them
-AUTHOR_LOOK = {
-    "senior": {"color": BLUE},
-    "junior": {"color": "#8A3D00", "bbox": {"facecolor": "#FFE3B3", "edgecolor": "none", "pad": 0.6}},
-}
+# ------------------------------------------------------------------------------------------------
+# Parts of a figure
 
 
-def figure_1(folder: Path, runs: Runs) -> Path | None:
-    """One problem and three joint rollouts (before, during and after training), each span coloured by its author.
+def labels_of(arms: Iterable[str], names: dict[str, str]) -> dict[str, tuple[str, dict]]:
+    """{arm: (label, style)}. A known arm has the same style in every figure, and comes first."""
+    arms = dict.fromkeys(arms)
+    known = names | {arm: arm for arm in arms if arm not in names}
+    styled = zip(known.items(), cycle(STYLES))
+    return {arm: (label, style) for (arm, label), style in styled if arm in arms}
 
-    None if the arm "tandem" has no problem whose rollout was kept at three evaluations.
+
+def curves_of(runs: pd.DataFrame, labels: dict, metric: str, who: str = "senior") -> list[Curve]:
+    """A curve per arm."""
+    arms = {arm: runs[runs.arm == arm] for arm in labels}
+    return [(arms[arm], who, metric, *labels[arm]) for arm in labels if len(arms[arm])]
+
+
+def draw_curve(ax: Axes, curve: Curve) -> None:
+    """A metric of an arm against updates, with a band if it is a share."""
+    runs, who, metric, label, style = curve
+    points = pooled(runs, who, metric)
+    draw_lines(ax, by_seed(runs, who, metric), points.value, label, style)
+    if points.low.notna().any():
+        colour = style["color"]
+        ax.fill_between(points.index, points.low, points.high, color=colour, alpha=0.2, linewidth=0)
+        ax.set_ylim(-3, 103)
+
+
+def draw_lines(ax: Axes, seeds: pd.DataFrame, mean: pd.Series, label: str, style: dict) -> None:
+    """A thin line per seed, and a thick one over all seeds."""
+    if seeds.shape[1] > 1:
+        ax.plot(seeds.interpolate("index"), color=style["color"], alpha=0.4, linewidth=0.5)
+    ax.plot(mean, label=label, **style, markersize=2.5, linewidth=1.2)
+
+
+def draw_panel(ax: Axes, curves: list[Curve], title="senior alone", junior=True, ylabel="") -> None:
+    """Curves of one metric, with a horizontal line for the junior alone, which is not trained.
+
+    Without curves the place stays empty.
     """
-    chosen = choose_example([path / "samples.jsonl" for path in seed_folders(folder, "tandem") if (path / "samples.jsonl").is_file()])
-    if chosen is None:
-        return None
-    rollouts, reason = chosen
-    updates = sorted(rollouts)
-    stages = {"before": updates[0], "during": updates[len(updates) // 2], "after": updates[-1]}
-
-    # An invisible coordinate system in which a character is 1 wide and a line is 1 high.
-    question = textwrap.wrap(f"{rollouts[updates[0]]['question']} (Answer: {rollouts[updates[0]]['gold']})", 3 * COLUMNS)
-    texts = {stage: wrap_spans(rollouts[update]["spans"], COLUMNS) for stage, update in stages.items()}
-    width, height = 3 * COLUMNS + 2 * GAP, max(map(len, texts.values())) + len(question) + 3
-    font_size = WIDTH * 72 / width / 0.602  # points: a character of DejaVu Sans Mono is 0.602 of its size wide
-    figure = plt.figure(figsize=(WIDTH, height * font_size * 1.5 / 72))
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, width), ylim=(height - 0.3, -0.7))
-    ax.axis("off")
-
-    # The question, the three rollouts beside each other, and the legend.
-    for y, line in enumerate(question):
-        write_text(ax, 0, y, line, font_size)
-    for i, (stage, update) in enumerate(stages.items()):
-        left, verdict = i * (COLUMNS + GAP), "right" if rollouts[update]["reward"] == 1 else "wrong"
-        write_text(ax, left, len(question) + 0.5, f"{stage}: update {update}, {verdict}", font_size, weight="bold")
-        for y, line in enumerate(texts[stage]):
-            for x, author, text in line:
-                write_text(ax, left + x, len(question) + 2 + y, text, font_size, **AUTHOR_LOOK[author])
-    write_text(ax, 0, height - 0.8, "blue: written by the senior", font_size, **AUTHOR_LOOK["senior"])
-    write_text(ax, 29, height - 0.8, "on orange: by the junior", font_size, **AUTHOR_LOOK["junior"])
-    write_text(ax, 56, height - 0.8, reason, font_size, color="#333333")
-    return save(figure, folder / "figures" / "skill-figure1.png")
+    if not curves:
+        ax.axis("off")
+        return
+    for curve in curves:
+        draw_curve(ax, curve)
+    metric = curves[0][2]
+    if junior:
+        most = max((runs for runs, *_ in curves), key=lambda runs: runs.seed.nunique())
+        share, low, high = pooled(most, "junior", metric).iloc[0]
+        ax.axhline(share, color="#555555", linestyle="--", linewidth=1, label="junior alone")
+        ax.axhspan(low, high, color="#555555", alpha=0.1, linewidth=0)
+    ax.set(xlabel="updates", ylabel=ylabel or YLABELS.get(metric, metric), title=title)
 
 
-def write_text(ax: Axes, x: float, y: float, text: str, font_size: float, **look) -> None:
-    """Monospaced text, in which dollar signs are not read as TeX."""
-    ax.text(x, y, text, family="monospace", fontsize=font_size, va="center", ha="left", parse_math=False, **look)
+def draw_grid(rows: list[list[tuple]], height: float, **options) -> tuple[Figure, list]:
+    """Rows of panels, each with the arguments of draw_panel."""
+    options |= dict(layout="constrained", squeeze=False, figsize=(WIDTH, height * len(rows)))
+    figure, axes = plt.subplots(len(rows), len(rows[0]), **options)
+    for ax, panel in zip(axes.flat, chain(*rows)):
+        draw_panel(ax, *panel)
+        if "sharey" in options:
+            ax.label_outer()
+    return figure, axes
 
 
-def choose_example(files: list[Path]) -> tuple[dict[int, dict], str] | None:
-    """The joint rollouts of one problem, {update: sample}, and the reason for choosing it; None if there is no candidate.
+def add_legend(place: Axes | Figure, axes: Iterable[Axes], **options) -> None:
+    """In `place`, all labels of the axes, each once."""
+    pairs = [zip(*reversed(ax.get_legend_handles_labels())) for ax in axes]
+    entries = dict(chain(*pairs))
+    place.legend(entries.values(), entries.keys(), **options)
 
-    Candidates are the problems with samples of at least three evaluations, in the order of the files. First choice is one that was
-    wrong and had jargon before training and was right after it, then one that has lost its jargon, then one that was wrong before
-    and right after it, then any.
+
+def seed_counts(runs: pd.DataFrame) -> str:
+    """How many seeds the arms have, such as "1 or 3"."""
+    return " or ".join(map(str, sorted(set(runs.groupby("arm").seed.nunique()))))
+
+
+def save(figure: Figure, path: Path, runs: pd.DataFrame | None = None, caption: str = "") -> Path:
+    """Write the figure as PNG, and beside it as PDF; the same rows give the same PDF.
+
+    runs: what is pooled in it, for a caption of how many seeds there are.
     """
-    candidates = []
-    for path in files:
-        by_question: dict[str, dict[int, dict]] = {}
-        for sample in read_checked(path, is_sample):
+    if runs is not None:
+        caption = f"Bands: 95 % Wilson intervals of the evaluation. {caption}"
+        lines = " per arm: thin lines are single seeds, thick lines all seeds pooled. "
+        counts = seed_counts(runs)
+        caption = ("1 seed per arm. " if counts == "1" else f"{counts} seeds{lines}") + caption
+    figure.supxlabel("\n".join(textwrap.wrap(caption, 135)), fontsize=7, color="#333333")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(figure)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# Skill: the rollouts of one problem, and accuracy and jargon
+
+COLUMNS, GAP = 40, 2  # characters: the width of figure 1's three columns, the space between them
+AUTHORS: dict[str, dict] = {"senior": {"color": BLUE}, "junior": {"color": "#8A3D00"}}
+AUTHORS["junior"]["bbox"] = {"facecolor": "#FFE3B3", "edgecolor": "none", "pad": 0.6}
+REASONS = ["The first sample", "Chosen: the first that went from wrong to right"]
+REASONS += ["Chosen: the first that lost its <<...>>"]
+REASONS += ["Chosen: the first with <<...>> that went from wrong to right"]
+
+
+def sample_in(row: dict) -> dict:
+    """A row of samples.jsonl, with whether it has jargon. Raises an error if it is no sample."""
+    jargon = has_jargon("".join(text for author, text in row["spans"] if AUTHORS[author]))
+    about = {key: row[key] for key in ("update", "who", "question", "gold", "spans")}
+    return about | {"right": float(row["reward"]) == 1, "jargon": jargon}
+
+
+def choose_example(folder: Path) -> tuple[list[dict], str] | None:
+    """The joint rollouts of one problem, of at least three evaluations, and why this problem."""
+    problems: dict[tuple, list[dict]] = {}
+    for seed, samples in tables.read_seeds(folder, "tandem", "samples.jsonl", sample_in).items():
+        for sample in samples:
             if sample["who"] == "tandem":
-                by_question.setdefault(sample["question"], {})[sample["update"]] = sample
-        candidates += [samples for samples in by_question.values() if len(samples) >= 3]
-    corrected = [samples for samples in candidates if samples[min(samples)]["reward"] < samples[max(samples)]["reward"]]
-    with_jargon = [samples for samples in corrected if sample_has_jargon(samples[min(samples)])]
-    lost_jargon = [s for s in candidates if sample_has_jargon(s[min(s)]) and not sample_has_jargon(s[max(s)])]
-    for samples, reason in (
-        (with_jargon, "Chosen: the first with <<...>> that went from wrong to right"),
-        (lost_jargon, "Chosen: the first that lost its <<...>>"),
-        (corrected, "Chosen: the first that went from wrong to right"),
-        (candidates, "The first sample"),
-    ):
-        if samples:
-            return samples[0], reason
-    return None
+                problems.setdefault((seed, sample["question"]), []).append(sample)
 
+    def rank(samples: list[dict]) -> int:
+        first, last = samples[0], samples[-1]
+        corrected, lost = first["right"] < last["right"], first["jargon"] > last["jargon"]
+        return 3 if corrected and first["jargon"] else 2 if lost else int(corrected)
 
-def sample_has_jargon(sample: dict) -> bool:
-    return has_jargon("".join(text for _, text in sample["spans"]))
+    best = max((found for found in problems.values() if len(found) >= 3), key=rank, default=None)
+    return (best, REASONS[rank(best)]) if best else None
 
 
 def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[list[tuple[int, str, str]]]:
-    """Wrap a rollout of (author, text) spans into lines of (column, author, text), at spaces where there are any.
+    """Wrap (author, text) spans into lines of (column, author, text), at spaces if there are any.
 
     >>> wrap_spans([("senior", "She sel"), ("junior", "ls 5")], columns=8)
     [[(0, 'senior', 'She')], [(0, 'senior', 'sel'), (3, 'junior', 'ls 5')]]
     """
-    characters = [(character, author) for author, text in spans for character in text]
-    lines: list[list[tuple[str, str]]] = [[]]
-    start = 0
-    # A word is a line break, or up to `columns` characters with the space before them.
-    for word in re.findall(rf"\n|\s?\S{{1,{columns - 1}}}|\s", "".join(character for character, _ in characters)):
-        pairs = characters[start : start + len(word)]
-        start += len(word)
-        if word == "\n" or len(lines[-1]) + len(word) > columns:
-            lines.append([])
-        if not lines[-1]:
-            # A line begins without a space, and without the line break that opened it.
-            pairs = [pair for pair in pairs if not pair[0].isspace()]
-        lines[-1] += pairs
-    return [merge_characters(line) for line in lines]
+    authors = [author for author, text in spans for _ in text]
+    text, end, wrapped = "".join(text for _, text in spans), 0, []
+    options = dict(expand_tabs=False, replace_whitespace=False, break_on_hyphens=False)
+    parts = [part.strip() for part in text.split("\n")]
+    for line in chain(*(textwrap.wrap(part, columns, **options) for part in parts)):
+        start = text.index(line, end)
+        end = start + len(line)
+        runs = [(who, [*run]) for who, run in groupby(range(start, end), authors.__getitem__)]
+        wrapped.append([(i[0] - start, who, text[i[0] : i[-1] + 1]) for who, i in runs])
+    return wrapped
 
 
-def merge_characters(line: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
-    """From a line of (character, author) to its spans (column, author, text)."""
-    spans, column = [], 0
-    for author, pairs in groupby(line, key=lambda pair: pair[1]):
-        text = "".join(character for character, _ in pairs)
-        spans.append((column, author, text))
-        column += len(text)
-    return spans
+def figure_1(folder: Path, runs: pd.DataFrame, setting: str) -> Path | None:
+    """One problem and three joint rollouts (before, during and after training) by author.
+
+    None if no problem of the arm "tandem" was kept at three evaluations.
+    """
+    chosen = choose_example(folder)
+    if chosen is None:
+        return None
+    (first, *_, last), during = chosen[0], chosen[0][len(chosen[0]) // 2]
+    lines = textwrap.wrap(f"{first['question']} (Answer: {first['gold']})", 3 * COLUMNS)
+    # (x, y, text, look): a character is 1 wide, and a line is 1 high.
+    texts = [(0, y, line, {}) for y, line in enumerate(lines)]
+    for i, (stage, sample) in enumerate(dict(before=first, during=during, after=last).items()):
+        x, verdict = i * (COLUMNS + GAP), "right" if sample["right"] else "wrong"
+        title = f"{stage}: update {sample['update']}, {verdict}"
+        texts.append((x, len(lines) + 0.5, title, {"weight": "bold"}))
+        for y, line in enumerate(wrap_spans(sample["spans"], COLUMNS), len(lines) + 2):
+            texts += [(x + column, y, text, AUTHORS[author]) for column, author, text in line]
+    bottom = max(y for _, y, *_ in texts) + 1.2
+    texts.append((0, bottom, "blue: written by the senior", AUTHORS["senior"]))
+    texts.append((29, bottom, "on orange: by the junior", AUTHORS["junior"]))
+    texts.append((56, bottom, chosen[1], {"color": "#333333"}))
+    return save(write_texts(texts, bottom + 0.5), folder / "figures" / "skill-figure1.png")
 
 
-def figure_2(folder: Path, runs: Runs) -> Path:
+def write_texts(texts: list[tuple[float, float, str, dict]], bottom: float) -> Figure:
+    """Monospaced texts at (x, y)."""
+    width, height = 3 * COLUMNS + 2 * GAP, bottom + 0.7
+    size = WIDTH * 72 / width / 0.602  # points: a character of the font is 0.602 of its size wide
+    figure = plt.figure(figsize=(WIDTH, height * size * 1.5 / 72))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(bottom, -0.7))
+    ax.axis("off")
+    for x, y, text, look in texts:
+        # A dollar sign begins no formula.
+        options = dict(family="monospace", fontsize=size, va="center", parse_math=False)
+        ax.text(x, y, text, **options, **look)
+    return figure
+
+
+def figure_2(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
     """Accuracy and jargon against updates, tandem training beside standard RL."""
-    panels = [
-        ("senior", "accuracy", "accuracy (%)", "senior alone"),
-        ("senior", "jargon", "solutions with jargon (%)", "senior alone"),
-        ("tandem", "accuracy", "accuracy (%)", "senior and junior together"),
-    ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), layout="constrained")
-    for ax, (who, metric, ylabel, title) in zip(axes, panels):
-        draw_arms(ax, runs, labels_and_styles(runs, SKILL_ARMS), who, metric)
-        draw_junior(ax, runs, metric)
-        ax.set(xlabel="updates", ylabel=ylabel, title=title)
-    axes[1].legend()
-    return add_caption_and_save(figure, runs, folder / "figures" / "skill-figure2.png")
+    labels = labels_of(runs.arm, SKILL)
+    panels = [(curves_of(runs, labels, metric),) for metric in YLABELS]
+    panels += [(curves_of(runs, labels, "accuracy", "tandem"), "senior and junior together")]
+    figure, axes = draw_grid([panels], 2.5)
+    axes[0, 1].legend()
+    return save(figure, folder / "figures" / "skill-figure2.png", runs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Languages
+# ------------------------------------------------------------------------------------------------
+# Languages, and control
 
-PAIR_NOTE = "Titles: language of the senior → language of the junior. Solutions of the senior alone."
+PAIR_NOTE = "Titles: language of the senior → of the junior. Solutions of the senior alone."
+NAMES = {"language": SKILL, "pressure-language": PRESSURE}
+Pairs = dict[tuple[str, str], pd.DataFrame]  # {(the senior's language, the junior's): runs}
 
 
-def runs_by_pair(folder: Path, runs: Runs) -> dict[str, Runs]:
-    """{pair: {name: seeds}}: the arms of each pair of languages (senior-junior, as in "de-fr"), named without the pair."""
-    pairs: dict[str, Runs] = {}
-    for arm, seeds in runs.items():
+def runs_by_pair(folder: Path, runs: pd.DataFrame) -> Pairs:
+    """The runs of each pair of languages, with their arms named without the pair ("tandem")."""
+    pairs: dict[tuple[str, str], list] = {}
+    for arm, of_arm in runs.groupby("arm", sort=False):
         flags = read_flags(folder, arm)
-        pair = f"{flags['senior_language']}-{flags['junior_language']}"
-        name = arm.removeprefix(f"{pair}-")
-        if name in pairs.setdefault(pair, {}):
-            # "de-fr-mine" and "mine" may both be of this pair.
-            name = arm
-        pairs[pair][name] = seeds
-    return pairs
+        pair = flags["senior_language"], flags["junior_language"]
+        name = arm.removeprefix(f"{pair[0]}-{pair[1]}-")
+        pairs.setdefault(pair, []).append(of_arm.assign(arm=name))
+    return {pair: pd.concat(arms) for pair, arms in pairs.items()}
 
 
 def language_name(code: str) -> str:
-    return LANGUAGE_STYLES[code][0] if code in LANGUAGE_STYLES else code
+    return LANGUAGES[code][0] if code in LANGUAGES else code
 
 
-def title_of(pair: str) -> str:
-    senior, junior = pair.split("-")
-    return f"{language_name(senior)} → {language_name(junior)}"
+def title_of(pair: tuple[str, str]) -> str:
+    return " → ".join(map(language_name, pair))
 
 
-def names_of(pairs: dict[str, Runs], known: dict[str, str]) -> list[str]:
-    """The names of the arms of all pairs, each once: the known ones first."""
-    names = dict.fromkeys(name for runs in pairs.values() for name in runs)
-    return [name for name in known if name in names] + [name for name in names if name not in known]
-
-
-def figure_2_languages(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
+def figure_2_languages(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
     """Figure 2 where senior and junior speak different languages: one column per pair."""
     pairs = runs_by_pair(folder, runs)
-    labels = labels_and_styles(names_of(pairs, known), known)
-    figure, axes = plt.subplots(2, len(pairs), figsize=(WIDTH, 3.8), layout="constrained", sharey=True, sharex=True, squeeze=False)
-    for column, (pair, arms) in zip(axes.T, pairs.items()):
-        column[0].set_title(title_of(pair))
-        for ax, metric in zip(column, ("accuracy", "jargon")):
-            draw_arms(ax, arms, labels, "senior", metric)
-            draw_junior(ax, arms, metric)
-    axes[0, 0].set_ylabel("accuracy (%)")
-    axes[1, 0].set_ylabel("solutions with jargon (%)")
-    label_updates(axes)
+    labels = labels_of(pd.concat(pairs.values()).arm, NAMES[setting])
+    rows = [
+        [(curves_of(runs, labels, metric), title_of(pair)) for pair, runs in pairs.items()]
+        for metric in YLABELS
+    ]
+    figure, axes = draw_grid(rows, 1.9, sharex=True, sharey=True)
     add_legend(axes[1, 0], axes.flat)
-    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure2.png", PAIR_NOTE)
+    return save(figure, folder / "figures" / f"{setting}-figure2.png", runs, PAIR_NOTE)
 
 
-def label_updates(axes) -> None:
-    """Label the x axes of the lowest row. The blank labels above it keep all panels of equal height."""
-    for ax in axes.flat:
-        ax.set_xlabel(" ")
-    for ax in axes[-1]:
-        ax.set_xlabel("updates")
-
-
-def figure_3(folder: Path, runs: Runs, known: dict[str, str] = SKILL_ARMS, setting: str = "language") -> Path:
-    """The languages of the senior's solutions against updates: one column per pair, one row for each way of training."""
-    pairs = runs_by_pair(folder, runs)
-    names, languages = names_of(pairs, known), languages_to_draw(runs)
-    # A single row needs room for its label.
-    size = (WIDTH, max(2.6, 1.9 * len(names)))
-    figure, axes = plt.subplots(len(names), len(pairs), figsize=size, layout="constrained", sharey=True, sharex=True, squeeze=False)
-    for column, (pair, arms) in zip(axes.T, pairs.items()):
-        column[0].set_title(title_of(pair))
-        for ax, name in zip(column, names):
-            if name in arms:
-                for code, (language, style) in languages.items():
-                    draw_curve(ax, arms[name], "senior", f"languages.{code}", style, language)
-    for ax, name in zip(axes[:, 0], names):
-        ax.set_ylabel(f"{known.get(name, name)}:\nsolutions (%)")
-    label_updates(axes)
+def figure_3(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
+    """The languages of the senior's solutions: one column per pair, one row per way of training."""
+    others = [code for code in tables.languages_in(runs) if code not in LANGUAGES]
+    languages = LANGUAGES | {code: (code, style) for code, style in zip(others, STYLES[5:])}
+    pairs, rows = runs_by_pair(folder, runs), []
+    for arm, (label, _) in labels_of(pd.concat(pairs.values()).arm, NAMES[setting]).items():
+        rows.append([])
+        for pair, of_pair in pairs.items():
+            of_arm = of_pair[of_pair.arm == arm]
+            spoken = languages.items() if len(of_arm) else ()
+            curves = [(of_arm, "senior", f"languages.{code}", *look) for code, look in spoken]
+            rows[-1].append((curves, title_of(pair), False, f"{label}:\nsolutions (%)"))
+    figure, axes = draw_grid(rows, max(1.9, 2.6 / len(rows)), sharex=True, sharey=True)
     add_legend(axes[0, -1], axes.flat, loc="center right")
-    return add_caption_and_save(figure, runs, folder / "figures" / f"{setting}-figure3.png", PAIR_NOTE)
+    return save(figure, folder / "figures" / f"{setting}-figure3.png", runs, PAIR_NOTE)
 
 
-def languages_to_draw(runs: Runs) -> dict[str, tuple[str, Style]]:
-    """{code: (name, style)}: the known languages, and any other one in which a senior has written a solution."""
-    written = {code for seeds in runs.values() for code in languages_written(seeds)}
-    others = zip(sorted(written - set(LANGUAGE_STYLES)), cycle(OTHER_LANGUAGE_STYLES))
-    return LANGUAGE_STYLES | {code: (code, style) for code, style in others}
+def figure_control(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
+    """Is it the reward that changes the senior, or would it imitate its junior anyway?"""
+    pairs, rows = runs_by_pair(folder, runs), []
+    labels = labels_of(pd.concat(pairs.values()).arm, CONTROL)
+    for (senior, junior), of_pair in pairs.items():
+        title, spoken = title_of((senior, junior)), labels if senior != junior else {}
+        rows.append([(curves_of(of_pair, labels, "jargon"), title, False)])
+        rows[-1] += [(curves_of(of_pair, labels, "accuracy"), title)]
+        rows[-1] += [(curves_of(of_pair, spoken, f"languages.{junior}"), title, False)]
+        rows[-1][-1] += (f"solutions in {language_name(junior)} (%)",)
+    figure, axes = draw_grid(rows, 2.2)
+    # The legend stands in the place of a panel if one is free.
+    free = [ax for ax in axes.flat if not ax.lines] or [axes[0, 0]]
+    add_legend(free[0], axes.flat, loc="center")
+    return save(figure, folder / "figures" / "control.png", runs, PAIR_NOTE)
 
 
-def languages_written(seeds: list[Rows]) -> list[str]:
-    """The codes of the languages in which the senior has written, in alphabetical order."""
-    return sorted({code for evaluation in senior_evaluations(seeds) for code in evaluation["languages"]})
-
-
-def senior_evaluations(seeds: list[Rows]) -> list[dict]:
-    return [row["eval"]["senior"] for rows in seeds for row in rows if "senior" in row.get("eval", {})]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Granularity
 
-SCHEDULE_ORDER = ("token", "word", "redraw", "sentence", "paragraph")  # from many handoffs to few
+ORDER = ["token", "word", "redraw", "sentence", "paragraph"]  # from many handoffs to few
 
 
-def figure_granularity(folder: Path, runs: Runs) -> Path:
-    """Jargon, accuracy and handoffs by schedule (upper row) and by the probability p of the senior (lower row)."""
-    flags = {arm: read_flags(folder, arm) for arm in runs}
-    groups = [merge_equal(runs, distinct_labels(schedule_labels(flags))), distinct_labels(probability_labels(flags))]
-    groups = [group for group in groups if group]
-    figure, axes = plt.subplots(len(groups), 3, figsize=(WIDTH, 2.3 * len(groups)), layout="constrained", squeeze=False)
-    for row, group in zip(axes, groups):
-        of_group = {label: runs[arm] for label, arm in group.items()}
-        solo = {label for label, arm in group.items() if flags[arm]["solo"]}
-        for ax, metric, ylabel in zip(row, ("jargon", "accuracy"), ("solutions with jargon (%)", "accuracy (%)")):
-            draw_arms(ax, of_group, labels_and_styles(of_group, {}), "senior", metric)
-            ax.set(xlabel="updates", ylabel=ylabel, title="senior alone")
+def groups_of(folder: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
+    """{arm: label} of the arms to compare by schedule (p = 0.5), and by p (mostly of "word").
+
+    Arms whose numbers are all equal share a label such as "sentence = paragraph": in the tiny world
+    every sentence is one line.
+    """
+    flags = {arm: read_flags(folder, arm) for arm in runs.arm.unique()}
+    schedule = {arm: flags[arm]["handoff"] for arm in flags}
+    p = {arm: 1.0 if flags[arm]["solo"] else flags[arm]["p"] for arm in flags}
+    place = {arm: [*ORDER, schedule[arm]].index(schedule[arm]) for arm in flags}
+    by_p, equal = {}, {}  # {arm: label}, {all numbers of an arm: {arm: schedule}}
+    for arm in sorted(flags, key=lambda arm: (p[arm], place[arm])):
+        if p[arm] == 0.5:
+            numbers = runs[(runs.arm == arm) & ~runs.metric.str.startswith("seconds")]
+            key = numbers.drop(columns="arm").to_csv(index=False)
+            equal.setdefault(key, {})[arm] = schedule[arm]
+        if p[arm] != 0.5 or schedule[arm] == "word":
+            other = "" if schedule[arm] == "word" else f", {schedule[arm]}"
+            by_p[arm] = f"p = {p[arm]:g}{other}"
+    by_schedule = {[*same][0]: " = ".join(same.values()) for same in equal.values()}
+    return [by_schedule, by_p if any(p[arm] != 0.5 for arm in by_p) else {}]
+
+
+def figure_granularity(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
+    """Jargon, accuracy and handoffs by schedule (upper row), and by the probability p (lower)."""
+    groups, rows = [labels_of(group, group) for group in groups_of(folder, runs) if group], []
+    for labels in groups:
+        rows.append([(curves_of(runs, labels, "jargon"), "senior alone", False)])
+        rows[-1] += [(curves_of(runs, labels, "accuracy"),), ([],)]
+    figure, axes = draw_grid(rows, 2.3)
+    for row, labels in zip(axes, groups):
         row[0].legend()
-        draw_junior(row[1], runs, "accuracy")
-        draw_handoffs(row[2], of_group, solo)
-    return add_caption_and_save(figure, runs, folder / "figures" / "granularity.png", "Dashed line: junior alone.")
+        draw_handoffs(row[2], folder, tables.handoffs_of(runs).loc[[*labels]], labels)
+    note = "Dashed line: junior alone."
+    return save(figure, folder / "figures" / "granularity.png", runs, note)
 
 
-def probability_of(flags: dict) -> float:
-    """The probability with which a coin names the senior in training."""
-    return 1.0 if flags["solo"] else flags["p"]
-
-
-def schedule_labels(flags: dict[str, dict]) -> dict[str, str]:
-    """{arm: schedule} of the arms with p = 0.5, a schedule that is not in SCHEDULE_ORDER last."""
-    arms = [arm for arm in flags if probability_of(flags[arm]) == 0.5]
-    order = [*SCHEDULE_ORDER, *(flags[arm]["handoff"] for arm in arms)]
-    return {arm: flags[arm]["handoff"] for arm in sorted(arms, key=lambda arm: order.index(flags[arm]["handoff"]))}
-
-
-def probability_labels(flags: dict[str, dict]) -> dict[str, str]:
-    """{arm: "p = 0.25"} of the arms with another p than 0.5, and of those with p = 0.5 that have the schedule of one of them."""
-    schedules = {flags[arm]["handoff"] for arm in flags if probability_of(flags[arm]) != 0.5}
-    labels = {}
-    for arm in sorted(flags, key=lambda arm: probability_of(flags[arm])):
-        if flags[arm]["handoff"] in schedules:
-            labels[arm] = f"p = {probability_of(flags[arm]):g}"
-            if len(schedules) > 1 and not flags[arm]["solo"]:
-                labels[arm] += f", {flags[arm]['handoff']}"
-    return labels
-
-
-def distinct_labels(labels: dict[str, str]) -> dict[str, str]:
-    """From {arm: label} to {label: arm}. Arms that would share a label have their names added to it."""
-    given = list(labels.values())
-    return {label if given.count(label) == 1 else f"{label} ({arm})": arm for arm, label in labels.items()}
-
-
-def merge_equal(runs: Runs, arms: dict[str, str]) -> dict[str, str]:
-    """{label: arm}, where arms whose rows are equal in every number but the seconds share one label, such as "token = word".
-
-    Two schedules may give identical rollouts: in the tiny world nearly every word is one token and every sentence one line.
-    """
-    equal: dict[str, list[str]] = {}  # {all numbers of an arm: the labels of the arms that have them}
-    for label, arm in arms.items():
-        numbers = [[{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows] for rows in runs[arm]]
-        equal.setdefault(json.dumps(numbers), []).append(label)
-    return {" = ".join(labels): arms[labels[0]] for labels in equal.values()}
-
-
-def draw_handoffs(ax: Axes, runs: Runs, solo: set[str]) -> None:
-    """Bars: the mean number of handoffs per joint rollout before training.
-
-    It is 0 for the arms in `solo`, whose senior is trained alone, though their evaluation of the pair has handoffs.
-    """
-    for metric, colour, label in (("handoffs", SKY, "all"), ("handoffs_inside", BLUE, "inside an expression")):
-        heights = [0.0 if arm in solo else pooled(seeds, "tandem", metric)[0].value for arm, seeds in runs.items()]
-        ax.bar(range(len(runs)), heights, color=colour, label=label)
+def draw_handoffs(ax: Axes, folder: Path, handoffs: pd.DataFrame, labels: dict) -> None:
+    """Handoffs per joint rollout before training: none in the training of a senior alone."""
+    handoffs = handoffs[[not read_flags(folder, arm)["solo"] for arm in labels]]
+    names = [textwrap.fill(label, 11, break_long_words=False) for label, _ in labels.values()]
+    ax.axis("on")
+    bars, x = handoffs.reindex([*labels], fill_value=0), range(len(names))
+    ax.bar(x, bars.handoffs, color=SKY, label="all")
+    ax.bar(x, bars.handoffs_inside, color=BLUE, label="inside an expression")
     # Room for the legend above the bars.
-    ax.set(ylabel="handoffs per rollout", title="together, before training", ylim=(0, 1.45 * ax.get_ylim()[1]), xlabel=" ")
-    # The no-break space keeps "= 0.25" on one line when a label such as "p = 0.25, redraw" is wrapped.
-    names = [textwrap.fill(label.replace("= ", "=\N{NO-BREAK SPACE}"), 11, break_long_words=False) for label in runs]
-    ax.set_xticks(range(len(runs)), names, fontsize=6.5)
+    ax.set(ylim=(0, 1.45 * ax.get_ylim()[1]), ylabel="handoffs per rollout")
+    ax.set_xticks(x, names, fontsize=6.5)
+    ax.set_title("together, before training")
     ax.legend(loc="upper right")
 
 
-# The numbers of metrics.count_handoffs, and what the table calls them.
-HANDOFFS = {"handoffs": "handoffs", "handoffs_inside": "inside an expression", "handoffs_in_words": "inside a word"}
-HANDOFFS |= {"handoffs_in_numbers": "inside a number"}
-
-
-def table_of_handoffs(folder: Path, runs: Runs) -> str:
-    """A Markdown table with a row per arm: handoffs per joint rollout before training, and where they are.
-
-    Runs that were made before words and numbers were told apart have no numbers in the last columns.
-    """
-    rows = []
-    for arm, seeds in runs.items():
-        counts = [[of_seed[0]["eval"]["tandem"].get(name) for of_seed in seeds] for name in HANDOFFS]
-        rows.append([arm, *("–" if None in values else f"{sum(values) / len(values):.1f}" for values in counts)])
-    return markdown_table(["arm, together before training", *HANDOFFS.values()], rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Control
-
-CONTROL_ARMS = {
-    "tandem": "true rewards, j = 1 (main)",
-    "shuffled": "shuffled rewards, j = 1",
-    "senior-only": "true rewards, j = 0",
-}
-
-
-def figure_control(folder: Path, runs: Runs) -> Path:
-    """Is it the reward that changes the senior, or would it imitate its junior anyway? One row per pair of languages."""
-    pairs = runs_by_pair(folder, runs)
-    labels = labels_and_styles((name for arms in pairs.values() for name in arms), CONTROL_ARMS)
-    figure, axes = plt.subplots(len(pairs), 3, figsize=(WIDTH, 2.2 * len(pairs)), layout="constrained", squeeze=False)
-    unused = []
-    for row, (pair, arms) in zip(axes, pairs.items()):
-        senior, junior = pair.split("-")
-        panels = [("jargon", "solutions with jargon (%)"), ("accuracy", "accuracy (%)")]
-        if senior != junior:
-            panels.append((f"languages.{junior}", f"solutions in {language_name(junior)} (%)"))
-        for ax, (metric, ylabel) in zip(row, panels):
-            draw_arms(ax, arms, labels, "senior", metric)
-            ax.set(xlabel="updates", ylabel=ylabel, title=title_of(pair))
-        draw_junior(row[1], arms, "accuracy")
-        unused += list(row[len(panels) :])
-    for ax in unused:
-        ax.axis("off")
-    # The legend stands in the place of a panel if one is free.
-    add_legend(unused[0] if unused else axes[0, 0], axes.flat, loc="center")
-    return add_caption_and_save(figure, runs, folder / "figures" / "control.png", PAIR_NOTE)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Sweep
 
-Cell = tuple[float, float]  # (c, j): the weight of wrong rollouts, the weight of the junior's tokens
 
+def cells_in(arms: Iterable[str], prefix: str = "") -> dict[tuple[float, float], str]:
+    """{(c, j): arm} for arms such as "c-0.3-j0.2", or "test-c0-j1" on test problems.
 
-def cells_of(arms: Iterable[str], prefix: str = "") -> dict[Cell, str]:
-    """{(c, j): arm} for the arms of the grid, such as "c-0.3-j0.2", or with the prefix "test-" for those on test problems."""
-    matches = {arm: re.fullmatch(re.escape(prefix) + r"c(-?[\d.]+)-j([\d.]+)", arm) for arm in arms}
-    return {(float(match[1]), float(match[2])): arm for arm, match in matches.items() if match}
-
-
-def arms_in(folder: Path) -> list[str]:
-    """The names of all arms that have been run, in alphabetical order."""
-    return sorted({path.parts[-3] for path in folder.glob("*/seed-*/metrics.jsonl") if path.stat().st_size})
-
-
-def has_diverged(folder: Path, arm: str) -> bool:
-    """Whether training was stopped in any seed, because it diverged."""
-    return any(Path(folder, arm).glob("seed-*/stopped.txt"))
-
-
-def best_cell(folder: str | Path) -> Cell | None:
-    """(c, j) with the best accuracy of joint rollouts on validation problems after training; of equals, the one with c nearest to 0.
-
-    Only arms that have reached the last update and have not diverged count; None if there is none.
+    The largest c comes first.
     """
-    folder = Path(folder)
-    cells = {cell: arm for cell, arm in cells_of(arms_in(folder)).items() if not has_diverged(folder, arm)}
-    runs = read_runs(folder, cells.values())
-    ends = {cell: pooled(runs[arm], "tandem", "accuracy")[-1] for cell, arm in cells.items() if arm in runs}
-    last = max((end.update for end in ends.values()), default=0)
-    finished = sorted((cell for cell in ends if ends[cell].update == last), reverse=True)  # c nearest to 0 first
-    return max(finished, key=lambda cell: ends[cell].value, default=None)
+    found = {arm: re.fullmatch(rf"{prefix}c(-?[\d.]+)-j([\d.]+)", arm) for arm in arms}
+    cells = {(float(match[1]), float(match[2])): arm for arm, match in found.items() if match}
+    return dict(sorted(cells.items(), reverse=True))
 
 
-def figure_sweep(folder: Path, runs: Runs) -> Path:
-    """Upper row: joint validation accuracy, and updates until jargon is gone, for each c and j. Lower row: curves on test problems."""
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.0), layout="constrained")
-    cells, tests = cells_of(runs), cells_of(runs, "test-")
-    diverged = {cell for cell, arm in cells.items() if has_diverged(folder, arm)}
-    accuracy = {cell: pooled(runs[arm], "tandem", "accuracy")[-1].value for cell, arm in cells.items()}
-    no_jargon = {cell: updates_until(runs[arm], 5.0) for cell, arm in cells.items()}
+def read_cells(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per (c, j): updates and joint accuracy at the end, and updates until jargon is gone.
+
+    They are nan where training diverged in any seed.
+    """
+    rows = []
+    for (c, j), arm in cells_in(runs.arm.unique()).items():
+        of_arm = runs[runs.arm == arm]
+        end = pooled(of_arm, "tandem", "accuracy").iloc[-1]
+        row = end.name, end.value, tables.updates_until(of_arm, tables.LOW_JARGON)
+        rows.append((c, j, *([nan] * 3 if any((folder / arm).glob("seed-*/stopped.txt")) else row)))
+    return pd.DataFrame(rows, columns=["c", "j", "updates", "accuracy", "until"])
+
+
+def best_cell(folder: str | Path) -> tuple[float, float] | None:
+    """(c, j) with the best joint accuracy on validation problems; of equals, c nearest to 0.
+
+    Only arms that have reached the last update and have not diverged count; None without one.
+    """
+    cells = read_cells(Path(folder), read_runs(folder, cells_in(arms_in(Path(folder))).values()))
+    finished = cells[cells.updates == cells.updates.max()]
+    return tuple(cells.loc[finished.accuracy.idxmax(), ["c", "j"]]) if len(finished) else None
+
+
+def figure_sweep(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
+    """Validation problems (upper row): a number for each c and j. Test problems: curves."""
+    labels, together = {}, {}
+    for ((c, j), arm), style in zip(cells_in(runs.arm.unique(), "test-").items(), cycle(STYLES)):
+        main = " (main)" if (c, j) == (0, 1) else ""
+        labels[arm] = f"c = {c:g}, j = {j:g}{main}, senior alone", style
+        together[arm] = f"c = {c:g}, j = {j:g}, together", style | {"marker": "x"}
+    accuracy = curves_of(runs, labels, "accuracy") + curves_of(runs, together, "accuracy", "tandem")
+    tests = [(accuracy, "test problems"), (curves_of(runs, labels, "jargon"), "test problems")]
+    figure, axes = draw_grid([[([],), ([],)], tests], 2.5)
+    cells, best = read_cells(folder, runs), best_cell(folder)
+    heat_map(axes[0, 0], cells.assign(value=cells.accuracy), best, "viridis")
+    heat_map(axes[0, 1], cells.assign(value=cells.until), best, "viridis_r")
     axes[0, 0].set_title("joint validation accuracy at the end (%)")
-    axes[0, 1].set_title("updates until jargon is under 5 %")
-    for ax, numbers, colours in zip(axes[0], (accuracy, no_jargon), ("viridis", "viridis_r")):
-        if numbers:
-            heat_map(ax, numbers, diverged, best_cell(folder), colours)
-    for ax, metric, ylabel in zip(axes[1], ("accuracy", "jargon"), ("accuracy (%)", "solutions with jargon (%)")):
-        if tests:
-            draw_tests(ax, {cell: runs[arm] for cell, arm in tests.items()}, metric)
-        ax.set(xlabel="updates", ylabel=ylabel, title="test problems", ylim=(-3, 103))
+    axes[0, 1].set_title(f"updates until jargon is under {tables.LOW_JARGON:g} %")
     note = "Red frame: best joint validation accuracy."
-    if tests:
+    if labels:
         note += " That cell and the main one were trained again with other seeds: lower row."
-    return add_caption_and_save(figure, runs, folder / "figures" / "sweep.png", note)
+        for ax in axes[1]:
+            ax.legend()
+    return save(figure, folder / "figures" / "sweep.png", runs, note)
 
 
-def heat_map(ax: Axes, numbers: dict[Cell, float], diverged: set[Cell], chosen: Cell | None, colours: str) -> None:
-    """A coloured grid of c against j with its number in each cell and a frame around the chosen cell."""
-    cs, js = sorted({c for c, _ in numbers}, reverse=True), sorted({j for _, j in numbers})
-    shown = {cell: number for cell, number in numbers.items() if cell not in diverged}
-    image = ax.imshow([[shown.get((c, j), nan) for j in js] for c in cs], cmap=colours, aspect="auto")
-    for y, c in enumerate(cs):
-        for x, j in enumerate(js):
-            # A cell without a number is white.
-            value = shown.get((c, j), nan)
-            red, green, blue, _ = image.to_rgba(value)
-            is_light = isnan(value) or red + green + blue > 1.5
-            ax.text(x, y, cell_text(numbers, diverged, (c, j)), ha="center", va="center", color="black" if is_light else "white")
-    if chosen in numbers:
-        corner = js.index(chosen[1]) - 0.5, cs.index(chosen[0]) - 0.5
-        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=2))
-    ax.set_xticks(range(len(js)), [f"{j:g}" for j in js])
-    ax.set_yticks(range(len(cs)), [f"{c:g}" for c in cs])
+def heat_map(ax: Axes, cells: pd.DataFrame, best: tuple | None, colours: str) -> None:
+    """A coloured grid of c against j with its value in each cell and a frame around the best."""
+    if cells.empty:
+        return
+    grid = cells.pivot(index="c", columns="j", values="value").iloc[::-1]
+    ax.imshow(grid, cmap=colours, aspect="auto", alpha=0.6)
+    for cell in cells.itertuples():
+        x, y = grid.columns.get_loc(cell.j), grid.index.get_loc(cell.c)
+        text = "never" if isnan(cell.value) else f"{cell.value:.1f}".removesuffix(".0")
+        ax.text(x, y, "diverged" if isnan(cell.updates) else text, ha="center", va="center")
+        if (cell.c, cell.j) == best:
+            frame = dict(fill=False, edgecolor=RED, linewidth=2)
+            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
+    ax.set_xticks(range(len(grid.columns)), [f"{j:g}" for j in grid.columns])
+    ax.set_yticks(range(len(grid)), [f"{c:g}" for c in grid.index])
     ax.set(xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
+    ax.axis("on")
     ax.grid(False)
 
 
-def cell_text(numbers: dict[Cell, float], diverged: set[Cell], cell: Cell) -> str:
-    if cell not in numbers:
-        return "–"
-    if cell in diverged:
-        return "diverged"
-    if isnan(numbers[cell]):
-        return "never"
-    return f"{numbers[cell]:.1f}".removesuffix(".0")
+# ------------------------------------------------------------------------------------------------
+# Pressure, and the measures of Tandem RL
+
+DOSE_STYLES = [(SKY, "P"), (BLUE, "X"), ("#00304D", "*")]  # from light to dark
+MEASURES = {
+    "solo": "solo accuracy\n(%)",
+    "handoff": "handoff robustness\n(%)",
+    "drift": "drift from the junior\n(nats per token)",
+    "legibility": "legibility: cross-entropy\n(nats per token)",
+}
 
 
-def draw_tests(ax: Axes, tests: dict[Cell, list[Rows]], metric: str) -> None:
-    """The arms on test problems: the senior alone, and for accuracy also both together."""
-    ordered = sorted(tests.items(), reverse=True)
-    for ((c, j), seeds), style in zip(ordered, cycle(STYLES)):
-        name = f"c = {c:g}, j = {j:g}"
-        main = " (main)" if (c, j) == (0, 1) else ""
-        draw_curve(ax, seeds, "senior", metric, style, f"{name}{main}, senior alone")
-        if metric == "accuracy":
-            draw_curve(ax, seeds, "tandem", metric, style._replace(marker="x"), f"{name}, together")
-    draw_junior(ax, {name: seeds for name, (_, seeds) in enumerate(ordered)}, metric)
-    ax.legend()
+def figure_pressure(folder: Path, runs: pd.DataFrame, setting: str) -> Path:
+    """Jargon and accuracy against updates, and how fast jargon goes by how much it costs."""
+    labels, doses = labels_of(runs.arm, PRESSURE), tables.read_doses(folder)
+    rows = [[(curves_of(runs, labels, "jargon"), "senior alone", False)]]
+    rows[0] += [(curves_of(runs, labels, "accuracy"),)]
+    rows += [[(curves_of(runs, labels, "accuracy", "tandem"), "senior and junior together"), ([],)]]
+    figure, axes = draw_grid(rows, 2.5)
+    add_legend(figure, axes.flat, loc="outside upper center", ncols=3)
+    if len(doses):
+        draw_doses(axes[1, 1], doses)
+    note = "Lower right: one point per seed." if len(doses) else ""
+    return save(figure, folder / "figures" / "pressure.png", runs, note)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table
+def draw_doses(ax: Axes, doses: pd.DataFrame) -> None:
+    """A point per seed: the cost of jargon before training, and the updates until it is low.
 
-HEADINGS = ["arm", "seeds", "updates", "accuracy alone", "jargon alone", "accuracy together", "junior's accuracy", "language"]
-IN_EVERY_EVALUATION = ("n", "accuracy", "jargon", "languages", "tokens")
-
-
-def table(runs: Runs) -> str:
-    """A Markdown table with a row per arm: percent before → after training, with the 95 % interval of the latter.
-
-    With several seeds, the lowest and the highest single seed follow in brackets: the interval is the sampling error of the
-    evaluation and says nothing about how far seeds disagree.
-
-    Any number that was added to the evaluation of the senior has a column of its own, before → after, as a mean over seeds.
+    A seed whose jargon is not low at the last update is at the top; one that has not been trained
+    as long is not drawn.
     """
-    added = added_metrics(runs)
-    headings = [*HEADINGS, "minutes per seed", *added]
-    return markdown_table(headings, [table_row(arm, seeds, added) for arm, seeds in runs.items()])
+    ax.axis("on")
+    last = doses["update"][doses.who == "senior"].max()
+    top = 1.35 * last or 1.0
+    for (share, of_share), (colour, marker) in zip(doses.groupby("arm"), cycle(DOSE_STYLES)):
+        costs, until, ends = zip(*tables.costs_and_updates(of_share))
+        y = [top if isnan(low) and end == last else low for low, end in zip(until, ends)]
+        look = dict(color=colour, markersize=6, alpha=0.6)
+        ax.plot(costs, y, marker, label=f"{100 * share:g} %", **look)
+    ticks = list(range(0, last + 1, max(1, last // 4)))
+    ax.set_yticks([*ticks, top], [*map(str, ticks), f"not\nwithin {last}"])
+    # Room for the legend above the points.
+    ax.set(ylim=(-0.05 * top, 1.55 * top), title="GRPO, tandem, by base")
+    ax.set_xlabel("cost of jargon before training (points of accuracy)")
+    ax.set_ylabel(f"updates until jargon < {tables.LOW_JARGON:g} %")
+    seen = "annotated solutions that the base has seen"
+    ax.legend(loc="upper center", ncols=3, title=seen, title_fontsize=7)
 
 
-def added_metrics(runs: Runs) -> list[str]:
-    """The names of the numbers that somebody has added to the evaluation of the senior (metrics.summarise)."""
-    evaluations = [evaluation for seeds in runs.values() for evaluation in senior_evaluations(seeds)]
-    numbers = dict.fromkeys(name for evaluation in evaluations for name, value in evaluation.items() if isinstance(value, (int, float)))
-    return [name for name in numbers if name not in IN_EVERY_EVALUATION]
+def figure_rlvr(folder: Path, runs: pd.DataFrame, setting: str) -> Path | None:
+    """Four measures at the last update (upper row) and against updates; None without measures."""
+    measured = tables.read_measures(folder, runs.arm.unique())
+    if measured.empty:
+        return None
+    labels, ends = labels_of(measured.arm, RLVR), measured[measured.finished]
+    figure, axes = plt.subplots(2, len(MEASURES), figsize=(WIDTH, 4.2), layout="constrained")
+    for (upper, lower), (name, title) in zip(axes.T, MEASURES.items()):
+        for x, (arm, (label, style)) in enumerate(labels.items()):
+            draw_end(upper, x, ends.problems[ends.arm == arm], name, style)
+            of_arm = measured[measured.arm == arm]
+            scale = 1 if name in tables.IN_NATS else 100
+            means = of_arm.assign(value=[scale * table[name].mean() for table in of_arm.problems])
+            course = means.pivot(index="update", columns="seed", values="value")
+            draw_lines(lower, course, course.dropna().mean(axis=1), label, style)
+        when = f"update {ends['update'].max()}" if len(ends) else "no run has finished"
+        upper.set(xlim=(-0.7, len(labels) - 0.3), xticks=[], xlabel=when)
+        upper.set_title(title, fontsize=7)
+        lower.set_xlabel("updates")
+    add_legend(figure, axes[1], loc="outside upper center", ncols=4)
+    caption = f"Seeds per arm: {seed_counts(measured)}. Small points and thin lines are single "
+    caption += "seeds, markers and thick lines means over all seeds. Bars: 95 % bootstrap "
+    caption += f"intervals over seeds and problems. {tables.unfinished(measured)}"
+    return save(figure, folder / "figures" / "rlvr.png", caption=caption)
 
 
-def table_row(arm: str, seeds: list[Rows], added: list[str]) -> list[str]:
-    """What the table says of an arm, in the order of the headings."""
-    measured = [("senior", "accuracy"), ("senior", "jargon"), ("tandem", "accuracy")]
-    curves = [pooled(seeds, who, metric) for who, metric in measured]
-    junior = pooled(seeds, "junior", "accuracy")[0]
-    ranges = [range_over_seeds(seeds, who, metric) for who, metric in measured]
-    seconds = sum(value for rows in seeds for row in rows for key, value in row.items() if key.startswith("seconds"))
-    return [
-        arm,
-        str(len(seeds)),
-        str(curves[0][-1].update),
-        *(f"{points[0].value:.1f} → {with_interval(points[-1])}{spread}" for points, spread in zip(curves, ranges)),
-        with_interval(junior) + range_over_seeds(seeds, "junior", "accuracy"),
-        language_change(seeds),
-        f"{seconds / 60 / len(seeds):.1f}",
-        *(mean_change(pooled(seeds, "senior", metric)) for metric in added),
-    ]
+def draw_end(ax: Axes, x: float, ends: pd.Series, name: str, style: dict) -> None:
+    """A measure at the last update: a bar for its interval, and beside it a point per seed."""
+    if len(ends):
+        value, (low, high), seeds = tables.estimate(ends, name)
+        ax.vlines(x, low, high, color=style["color"], linewidth=1.5)
+        ax.plot([x], [value], style["marker"], color=style["color"], markersize=4.5)
+        ax.plot([x - 0.3] * len(seeds), seeds, ".", color=style["color"], markersize=4, alpha=0.5)
 
 
-def range_over_seeds(seeds: list[Rows], who: str, metric: str) -> str:
-    """The lowest and the highest seed at the last evaluation, such as " (7.0–98.5)"; nothing if there is one seed."""
-    values = [pooled([rows], who, metric)[-1].value for rows in seeds]
-    return f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
-
-
-def mean_change(points: list[Point]) -> str:
-    return f"{points[0].value:.4g} → {points[-1].value:.4g}" if points else "–"
-
-
-def language_change(seeds: list[Rows]) -> str:
-    """The language of most of the senior's solutions before → after training, and the share of the latter."""
-    curves = {code: pooled(seeds, "senior", f"languages.{code}") for code in languages_written(seeds)}
-    before = max(curves, key=lambda code: curves[code][0].value)
-    after = max(curves, key=lambda code: curves[code][-1].value)
-    return f"{before} → {after}, {with_interval(curves[after][-1])}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Everything
 
-PRESSURE_LANGUAGE = {"known": PRESSURE_ARMS, "setting": "pressure-language"}
-FIGURES: dict[str, list[Callable[[Path, Runs], Path | None]]] = {
-    "skill": [figure_1, figure_2],
-    "language": [figure_2_languages, figure_3],
-    "granularity": [figure_granularity],
-    "control": [figure_control],
-    "sweep": [figure_sweep],
-    "pressure": [figure_pressure],
-    "pressure-language": [partial(draw_figure, **PRESSURE_LANGUAGE) for draw_figure in (figure_2_languages, figure_3)],
-    "rlvr": [figure_rlvr],
-}
+FIGURES = {"skill": [figure_1, figure_2], "granularity": [figure_granularity]}
+FIGURES |= dict.fromkeys(["language", "pressure-language"], [figure_2_languages, figure_3])
+FIGURES |= {"control": [figure_control], "sweep": [figure_sweep], "pressure": [figure_pressure]}
+FIGURES |= {"rlvr": [figure_rlvr]}
 # What is printed after the table of a setting.
-TABLES: dict[str, list[Callable[[Path, Runs], str | None]]] = {
-    "granularity": [table_of_handoffs],
-    "pressure": [table_of_doses],
-    "rlvr": [table_of_measures, table_of_differences],
-}
+TABLES = {"granularity": tables.table_of_handoffs, "pressure": tables.table_of_doses}
+TABLES["rlvr"] = tables.table_of_measures
 
 
-def draw(folder: str | Path, setting: str, arms: Iterable[str]) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its tables.
+def arms_of(folder: Path, setting: str) -> list[str]:
+    """The arms of a setting; of the sweep also those on test problems that lie in the folder."""
+    tests = cells_in(arms_in(folder), "test-").values() if setting == "sweep" else []
+    return [*SETTINGS[setting], *tests]
 
-    Only arms in which senior, tandem and junior were evaluated are drawn. Of the sweep, the arms on test problems are drawn too.
-    """
-    folder = Path(folder)
-    arms = complete_setting(folder, setting, arms)
+
+def draw(folder: Path, setting: str) -> None:
+    """Draw the figures of one setting into folder/figures/ and print its tables."""
+    arms = arms_of(folder, setting)
     runs = read_runs(folder, arms)
-    if not runs:
-        print(f"{folder}: no arm of {setting} in which senior, junior and both together were evaluated, so there is nothing to draw")
+    everybody = "senior, junior and both together"
+    if runs.empty:
+        print(f"{folder}: no arm of {setting} has evaluated {everybody}: there is nothing to draw")
         return
     for arm in arms_in(folder):
-        if arm in arms and arm not in runs:
-            print(f"{folder / arm} is left out: not every seed has evaluated senior, junior and both together")
-    further = [make_table(folder, runs) for make_table in TABLES.get(setting, [])]
-    print("\n\n".join([table(runs), *filter(None, further)]))
+        if arm in arms and arm not in set(runs.arm):
+            print(f"{folder / arm} is left out: not every seed has evaluated {everybody}")
+    further = TABLES[setting](folder, runs) if setting in TABLES else None
+    print("\n\n".join(filter(None, [tables.table(runs), further])))
     if setting not in FIGURES:
         print(f"{setting} has no figure: add a function to FIGURES in lab/figures.py")
     for draw_figure in FIGURES.get(setting, []):
-        path = draw_figure(folder, runs)
+        path = draw_figure(folder, runs, setting)
         if path:
             print(path)
 
 
 def draw_all(folder: Path, settings: Iterable[str]) -> None:
     """Draw the figures of these settings, and the page of all rollouts in the folder."""
-    # Imported late, because the runner itself imports this module.
-    from run_gsm8k import SETTINGS
-
     for setting in settings:
-        draw(folder, setting, SETTINGS[setting])
+        draw(folder, setting)
     viewer.draw_page(folder)
 
 
-def complete_setting(folder: Path, setting: str, arms: Iterable[str]) -> list[str]:
-    """The arms of a setting, with those on test problems that lie in the folder: their names depend on the outcome of the sweep."""
-    arms = list(arms)
-    if setting == "sweep":
-        tests = cells_of(arms_in(folder), "test-")
-        arms += [tests[cell] for cell in sorted(tests, reverse=True)]
-    return arms
-
-
 def main(folder: str) -> None:
-    """Draw every setting of which the folder holds an arm. Exits with one line if a file in it cannot be used."""
-    # Imported late, because the runner itself imports this module.
-    from run_gsm8k import SETTINGS
-
-    present = arms_in(Path(folder))
-    known = {setting: complete_setting(Path(folder), setting, arms) for setting, arms in SETTINGS.items()}
-    settings = [setting for setting, arms in known.items() if any(arm in present for arm in arms)]
+    """Draw every setting of which the folder holds an arm; in one line, what cannot be used."""
+    place, present = Path(folder), arms_in(Path(folder))
+    known = {setting: set(arms_of(place, setting)) for setting in SETTINGS}
+    settings = [setting for setting, arms in known.items() if arms & set(present)]
     if not settings:
-        sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: run run_gsm8k.py first, or name its --out folder")
-    try:
-        draw_all(Path(folder), settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    for arm in present:
-        if not any(arm in arms for arms in known.values()):
-            print(f"{Path(folder, arm)} is in no setting of run_gsm8k.py and is not drawn")
+        remedy = "run run_gsm8k.py first, or name its --out folder"
+        sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
+    with errors_in_one_line():
+        draw_all(place, settings)
+    for arm in set(present) - set.union(*known.values()):
+        print(f"{place / arm} is in no setting of lab/experiments.py and is not drawn")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,111 @@
 """A page on which to see who wrote what:  python -m lab.viewer RUNS [ARM ...]
 
-It writes RUNS/figures/rollouts.html, one file that a browser opens from disk without a network: every kept evaluation rollout
-in the colours of its authors, what either model would have written at each step, the tosses of the coin, and the curves of
-accuracy and jargon. lab/figures.py makes it together with the figures.
+It writes RUNS/figures/rollouts.html, one file that a browser opens without a network: every kept
+evaluation rollout in the colours of its authors, what either model would have written at each step,
+the tosses of the coin, and the curves of accuracy and jargon.
 
-The page is lab/viewer.html, in which an empty list of runs is replaced by those of RUNS, as JSON. They come from
+The page is lab/viewer.html, in which an empty list of runs is replaced by those of RUNS, as JSON.
+They come from samples.jsonl, whose rollouts are made here:
 
-    samples.jsonl   rollouts: the "steps" of joint ones (rollout.Step), or else "spans", without candidates and tosses
-    metrics.jsonl   accuracy and jargon at every evaluation
-    config.json     how the run was trained
+    spans    who wrote which text: [author, text], one per run of tokens by the same author
+    steps    of joint rollouts, one per token: [author, text, the senior's candidate, the junior's,
+             whether a coin was tossed, the senior's probability of the written token]
 
-A model may write anything, so no text may become a part of the page: as_json escapes what could end the script element, and
-the page's script never interprets a text as markup.
-
-To stay within MAX_BYTES the page leaves out runs, of later seeds first, and says how many. Name arms to choose yourself.
+A model may write anything, so no text may become a part of the page: as_json escapes what could end
+the script element, and the page's script never interprets a text as markup. To stay within
+MAX_BYTES the page leaves out runs, of later seeds first. Name arms to choose yourself.
 """
 
+import codecs
 import json
 import sys
-from itertools import accumulate
+from argparse import Namespace
+from itertools import accumulate, groupby
 from pathlib import Path
 
-from lab.curves import is_row, is_sample, read_checked, read_flags
-from lab.runs import errors_in_one_line, seed_folders, writing
+import torch
+
+from lab import engine
+from lab.runs import errors_in_one_line, read_rows, seed_folders, unusable, writing
+from lab.tables import read_flags
 from metrics import EXPRESSION, JARGON, count_handoffs, has_jargon
-from reward import final_number
+from reward import final_number, reward
+from rollout import Pair, Rollouts
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NO_RUNS = '{"runs": [], "missing": 0}'
 MAX_BYTES = 1_400_000
 
+# ------------------------------------------------------------------------------------------------
+# Rollouts as they are kept in samples.jsonl
+
+
+def author_spans(rollouts: Rollouts, pieces: list[bytes]) -> list[list[tuple[str, str]]]:
+    """Who wrote what, per rollout: [("senior", "Natalia sold"), ("junior", " 48"), ...].
+
+    The bytes of neighbouring tokens by one author are joined before they are decoded, because a
+    token alone need not be valid text.
+    """
+    columns = rollouts.completion_ids, rollouts.senior_mask, rollouts.completion_mask.bool()
+    all_spans = []
+    for ids, by_senior, real in zip(*columns):
+        tokens = zip(by_senior[real].tolist(), ids[real].tolist())
+        spans = []
+        for senior, group in groupby(tokens, key=lambda token: token[0]):
+            text = b"".join(pieces[token] for _, token in group).decode(errors="replace")
+            if text:
+                spans.append(("senior" if senior else "junior", text))
+        all_spans.append(spans)
+    return all_spans
+
+
+def samples(
+    rollouts: Rollouts, spans: list, trace: list | None, problems: list, args: Namespace, pair: Pair
+) -> list[dict]:
+    """The rollouts of the first `problems` as they are kept. trace: see rollout.rollout."""
+    kept = []
+    for i, problem in enumerate(problems):
+        found = {"question": problem.question, "gold": problem.gold, "spans": spans[i]}
+        found["reward"] = reward(rollouts.texts[i], problem.gold)
+        if trace is not None:
+            found["steps"] = steps(engine.select(rollouts, [i]), i, trace, args.temperature, pair)
+        kept.append(found)
+    return kept
+
+
+@torch.no_grad()
+def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) -> list[list]:
+    """One rollout token by token. `one`: it alone; `row`: its row in the batch of the trace."""
+    logprobs = engine.completion_logprobs(pair.senior, one, temperature)[0]
+    # A character may span several tokens. The decoder holds its bytes back until the last one.
+    decoder, found = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    ids, by_senior = one.completion_ids[0].tolist(), one.senior_mask[0].tolist()
+    for t, (written, senior) in enumerate(zip(ids, by_senior)):
+        rows, senior_ids, junior_ids, tossed = trace[t]
+        i = rows.index(row)
+        text = decoder.decode(pair.pieces[written], final=t + 1 == len(ids))
+        candidates = [pair.pieces[of_model[i]] for of_model in (senior_ids, junior_ids)]
+        shown = [candidate.decode(errors="backslashreplace") for candidate in candidates]
+        probability = round(logprobs[t].exp().item(), 4)
+        author = "senior" if senior else "junior"
+        found.append([author, text, *shown, tossed[i], probability])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+
 
 def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
-    """Write the page of these arms, or of all in the folder, and print its path. None, and no page, if nothing was sampled."""
+    """Write the page of these arms, or of all in the folder. None if no rollouts were kept."""
     folder = Path(folder)
     arms = arms or [path.parts[-3] for path in folder.glob("*/seed-*/samples.jsonl")]
     arms = sorted(set(arms), key=lambda arm: (arm != "tandem", arm != "solo", arm))
-    runs = [run for run in (read_run(path) for arm in arms for path in seed_folders(folder, arm)) if run["problems"]]
+    found = [read_run(path) for arm in arms for path in seed_folders(folder, arm)]
+    runs = sorted((run for run in found if run["problems"]), key=lambda run: run["seed"])
     if not runs:
-        print(f"{folder}: no run of {', '.join(arms) or 'any arm'} has kept rollouts in a samples.jsonl, so there is no page of them")
+        print(f"{folder}: no run of {', '.join(arms) or 'any arm'} has kept rollouts: no page")
         return None
-    runs.sort(key=lambda run: run["seed"])
     sizes = accumulate(len(as_json(run)) for run in runs)
     # At least one run is shown, whatever its size.
     shown = runs[: max(1, sum(size < MAX_BYTES for size in sizes))]
@@ -49,51 +114,63 @@ def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
     path = folder / "figures" / "rollouts.html"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(TEMPLATE.read_text(encoding="utf-8").replace(NO_RUNS, as_json(data)), encoding="utf-8")
-    print(path, f"(without {missing} of {len(runs)} runs, to stay small; name arms to choose)" if missing else "")
+        page = TEMPLATE.read_text(encoding="utf-8").replace(NO_RUNS, as_json(data))
+        path.write_text(page, encoding="utf-8")
+    print(path, f"(without {missing} of {len(runs)} runs: name arms to choose)" * bool(missing))
     return path
 
 
 def as_json(content) -> str:
-    """JSON in ASCII, in which no text can end the script element that it stands in or begin a comment or entity.
+    """JSON in ASCII, in which no text can end the script element or begin a comment or entity.
 
     >>> as_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
     """
     text = json.dumps(content, separators=(",", ":"))
     # Outside of strings, JSON has none of these characters.
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def read_run(folder: Path) -> dict:
-    """What the page says of one run folder. Files that are not there leave their part empty; Refused if one cannot be used."""
-    checks = {"samples.jsonl": is_sample, "metrics.jsonl": is_row}
-    samples, rows = (read_checked(folder / file, checks[file]) if (folder / file).is_file() else [] for file in checks)
+    """What the page says of one run folder. Files that are not there leave their part empty."""
+    paths = [folder / "samples.jsonl", folder / "metrics.jsonl"]
+    kept, rows = (read_rows(path) if path.is_file() else [] for path in paths)
     problems: dict[str, dict] = {}
-    for sample in samples:
-        problem = problems.setdefault(sample["question"], {"question": sample["question"], "gold": sample["gold"], "rollouts": []})
-        problem["rollouts"].append(describe_rollout(sample))
     evaluations = {}
-    for row in rows:
-        if "eval" in row:
-            evaluations[row["update"]] = {who: [cell["n"], cell["accuracy"], cell["jargon"]] for who, cell in row["eval"].items()}
-    flags = read_flags(folder.parents[1], folder.parent.name) if (folder / "config.json").is_file() else {}
-    run = {"arm": folder.parent.name, "seed": int(folder.name.removeprefix("seed-")), "about": describe_training(flags)}
-    return run | {"evaluations": evaluations, "problems": sorted(problems.values(), key=how_plain)}
+    try:
+        for sample in kept:
+            about = {"question": sample["question"], "gold": sample["gold"], "rollouts": []}
+            problem = problems.setdefault(sample["question"], about)
+            problem["rollouts"].append(describe_rollout(sample))
+        for row in rows:
+            evaluation = row.get("eval", {}).items()
+            keys = ("n", "accuracy", "jargon")
+            cells = {who: [cell[key] for key in keys] for who, cell in evaluation}
+            evaluations |= {row["update"]: cells} if cells else {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unusable(folder, f"a row is not what a run writes: {type(error).__name__}") from error
+    flags = {}
+    if (folder / "config.json").is_file():
+        flags = read_flags(folder.parents[1], folder.parent.name)
+    run = {"arm": folder.parent.name, "seed": int(folder.name[5:])}
+    run |= {"about": describe_training(flags), "evaluations": evaluations}
+    return run | {"problems": sorted(problems.values(), key=how_plain)}
 
 
 def how_plain(problem: dict) -> tuple[bool, bool]:
-    """Sorts the problems: first those whose joint rollouts had jargon before training and, among them, were right after it."""
+    """Sorts problems: first those with jargon together before training, and right after it."""
     joint = [rollout for rollout in problem["rollouts"] if rollout["who"] == "tandem"]
     return not (joint and joint[0]["jargon"]), not (joint and joint[-1]["right"])
 
 
 def describe_rollout(sample: dict) -> dict:
-    """One rollout: its verdict, its tokens (or spans, if the file has no steps), and what is underlined in it."""
+    """One rollout: its verdict, its tokens (or spans), and what is underlined in it."""
     tokens = sample.get("steps", sample["spans"])
     # A token or span begins with its author and its text.
     text = "".join(token[1] for token in tokens)
-    patterns = {"expression": EXPRESSION, "jargon": JARGON}
+    found = {"expression": EXPRESSION.finditer(text), "jargon": JARGON.finditer(text)}
     return {
         "update": sample["update"],
         "who": sample["who"],
@@ -102,7 +179,7 @@ def describe_rollout(sample: dict) -> dict:
         "jargon": has_jargon(text),
         **count_handoffs([sample["spans"]]),
         "tokens": tokens,
-        "underlined": [[*match.span(), kind] for kind in patterns for match in patterns[kind].finditer(text)],
+        "underlined": [[*one.span(), kind] for kind, matches in found.items() for one in matches],
     }
 
 
@@ -110,18 +187,22 @@ def describe_training(flags: dict) -> str:
     """How a run was trained, in a sentence or three. Nothing without flags."""
     if not flags:
         return ""
-    about = "In this run the senior was trained on solutions that it wrote together with the junior."
+    about = "The senior was trained on solutions that it wrote together with the junior."
     if flags["solo"]:
-        about = "In this run, a control, the senior was trained on solutions that it wrote alone. It met the junior in evaluations only."
+        about = "A control: the senior was trained on solutions that it wrote alone."
     if flags.get("rewards") == "shuffled":
         about += " As a control, the rewards were shuffled among the solutions."
     if "junior_weight" in flags and not flags["solo"]:
-        learns = {0: "only from the words that it wrote itself", 1: "from the junior's words too"}
-        learns = learns.get(flags["junior_weight"], "from the junior's words too, with the weight {junior_weight:g}")
-        about += f" The update is {flags.get('algorithm', 'reinforce').upper()}, and the senior learns {learns.format(**flags)}."
-    about += " The coin is tossed by the schedule “{handoff}” and names the senior with probability {p:g}.".format(**flags)
-    if flags["senior_language"] != flags["junior_language"]:
-        about += " The senior is asked to answer in “{senior_language}”, the junior in “{junior_language}”.".format(**flags)
+        weight = flags["junior_weight"]
+        learns = {0: "only from its own words", 1: "from the junior's words too"}
+        learns = learns.get(weight, f"from the junior's words too, with weight {weight:g}")
+        algorithm = flags.get("algorithm", "reinforce").upper()
+        about += f" The update is {algorithm}, and the senior learns {learns}."
+    about += f" The coin follows the schedule “{flags['handoff']}” and names the senior with"
+    about += f" probability {flags['p']:g}."
+    senior, junior = flags["senior_language"], flags["junior_language"]
+    if senior != junior:
+        about += f" The senior is asked to answer in “{senior}”, the junior in “{junior}”."
     return about
 
 

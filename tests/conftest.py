@@ -1,28 +1,23 @@
-"""Random tiny models. initializer_range=0.3 makes their distributions sharp enough for a mistake to show."""
+"""Random tiny models. initializer_range=0.3 makes their distributions sharp, so mistakes show."""
 
 # ruff: noqa: I001  the order of these imports matters
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, so that no test waits for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test waits for a network
 
 import lab  # noqa: F401  before torch: it sets how threads wait
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from lab import curves, figures, figures_rl
+from lab.models import token_bytes
 from rollout import Pair, random_numbers, rollout
-from tandem import build_tables, token_bytes
 
-torch.set_num_threads(1)  # models this small gain nothing from more, and one thread never waits for a busy core
-TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n", "In 48/2 = <<48/2=24>>24 days! She sold half as many.\n"] * 4
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return byte_level_tokenizer()
+torch.set_num_threads(1)  # models this small gain nothing from more threads
+TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n"] * 4
+TEXT += ["In 48/2 = <<48/2=24>>24 days! She sold half as many.\n"] * 4
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,71 +25,49 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
+    options = dict(vocab_size=330, special_tokens=["<pad>", "</s>"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=330, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet))
+    fast.train_from_iterator(TEXT, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """{name of the file: figure} of all figures that a test draws. For speed they are not written."""
-    found = {}
-
-    def keep(figure, path):
-        found[path.name] = figure
-        return path
-
-    for module in (curves, figures, figures_rl):
-        monkeypatch.setattr(module, "save", keep)
-    yield found
-    plt.close("all")
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_level_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def sentencepiece():
-    """The spelling of Llama 2: "▁" for a space, bytes such as <0xE4> for characters that are not in the vocabulary."""
-    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces += ["▁", *sorted(set("Awordswl482,NatiaschönBC/=<>.")), "▁4", "▁48", "▁w", "▁wo", "▁wor", "▁word", "▁words"]
-    merges = [("▁", "4"), ("▁4", "8"), ("▁", "w"), ("▁w", "o"), ("▁wo", "r"), ("▁wor", "d"), ("▁word", "s")]
-    fast = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True))
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split(Regex("\n"), "isolated")]
-    )
-    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    """The spelling of Llama 2: "▁" is a space, <0xE4> a byte of a character without a token."""
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens += ["▁", *sorted(set("Awordswl482,NatiaschönBC/=<>."))]
+    merges = [("▁", "4"), ("▁4", "8"), ("▁", "w"), ("▁w", "o"), ("▁wo", "r"), ("▁wor", "d")]
+    vocabulary = {token: i for i, token in enumerate(tokens + ["".join(two) for two in merges])}
+    fast = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    space, line = pre_tokenizers.Metaspace(prepend_scheme="first"), Regex("\n")
+    parts = [space, pre_tokenizers.Split(line, "isolated")]
+    fast.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence(parts)
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+
+
+COMMON = dict(initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
 def llama(vocab_size: int, seed: int, dtype=torch.float32):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,  # the smallest width that 4-bit blocks fit
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    # 64 is the smallest width that 4-bit blocks fit.
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=1024, **sizes, **COMMON)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def gpt2(vocab_size: int, seed: int, dtype=torch.float32):
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return GPT2LMHeadModel(config).to(dtype).eval()
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=256)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes, **COMMON)).to(dtype).eval()
 
 
 @pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
@@ -112,21 +85,13 @@ def base_folder(tokenizer, tmp_path_factory):
     return str(folder)
 
 
-def make_pair(senior, junior, tokenizer, end_ids=(1,)) -> Pair:
+def make_pair(senior, junior, tokenizer, end_ids=(1,), both=None) -> Pair:
     """Two models over the tokenizer's vocabulary, as rollout.py takes them."""
     pieces = token_bytes(tokenizer, len(tokenizer))
-    return Pair(senior, junior, tokenizer, tokenizer, list(end_ids), pieces, build_tables(pieces))
+    return Pair(senior, junior, tokenizer, tokenizer, list(end_ids), pieces, both)
 
 
-def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def write(senior, junior, prompts, tokenizer, end_ids=(1,), max_new_tokens=14, **options):
-    """Rollouts of two models, with the random numbers of seed 2. prompts: token ids, a list for each of the two."""
-    settings = dict(p=0.5, schedule="word", temperature=1.3) | options
-    pair = make_pair(senior, junior, tokenizer, end_ids)
-    return rollout(pair, left_pad(prompts[0]), left_pad(prompts[1]), *random_numbers(len(prompts[0]), max_new_tokens, seed=2), **settings)
+def write(pair: Pair, prompts, max_new_tokens=14, **options):
+    """Rollouts with the random numbers of seed 2. prompts: the senior's and the junior's lists."""
+    noise, coins = random_numbers(len(prompts[0]), max_new_tokens, seed=2)
+    return rollout(pair, *prompts, noise, coins, **(dict(p=0.5, temperature=1.3) | options))

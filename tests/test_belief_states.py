@@ -1,9 +1,10 @@
-"""Textual belief states: the advantages against enumeration, strict mediation bit by bit, the world, training, files."""
+"""Textual belief states: advantages by enumeration, strict mediation bit by bit, world, files."""
 
 import doctest
 import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from companions import belief_states as beliefs
 from companions.belief_states import ARMS, PROMPTS, Arm, Config, factor_advantages, stage_loss
 from lab.runs import Refused
-from reinforce import completion_logprobs, group_advantages
+from reinforce import full_logprobs, group_advantages
+from rollout import random_numbers, sample
 
 SMALL = Config(warm_steps=2, updates=2, histories=2, eval_every=1, episodes=4, horizon=2)
 
@@ -27,34 +29,42 @@ def zeros(branching, histories=1):
 def model():
     """A random model with sharp distributions, in double precision."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=2, initializer_range=0.3)
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(beliefs.PIECES), **shape)).double().eval()
 
 
 def test_doctests():
-    """The examples of the docstrings. pytest is configured to collect them in the lesson's files only."""
+    """All examples of the docstrings were found, and are right."""
     assert doctest.testmod(beliefs).attempted == 5
     assert doctest.testmod(beliefs).failed == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# fGRPO on an enumerable world: two states z, two next states z', two observations o, any reward r(z, z', o)
+# --------------------------------------------------------------------------------------------------
+# fGRPO on an enumerable world: two states z, two next states z', two observations o, any reward
+# r(z, z', o)
 
 
 def enumerate_trees(branching):
-    """All trees: the log-probabilities of the three factors, (T, N), (T, N, K) and (T, N, K, M), rewards, tables, exact gradients."""
+    """All trees: log-probabilities of the three factors, rewards, tables, exact gradients.
+
+    The log-probabilities are of shape (T, N), (T, N, K) and (T, N, K, M).
+    """
     (N, K, M), generator = branching, torch.Generator().manual_seed(0)
     shapes = ((2,), (2, 2), (2, 2), (2, 2, 2))
-    *tables, reward = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    numbers = partial(torch.randn, dtype=torch.float64, generator=generator)
+    *tables, reward = map(numbers, shapes)
     encode, transition, decode = (table.requires_grad_() for table in tables)
     num_bits = N + N * K + N * K * M
     bits = (torch.arange(2**num_bits)[:, None] >> torch.arange(num_bits)) & 1  # (T, bits)
     z = bits[:, :N]
     next_z = bits[:, N : N + N * K].view(-1, N, K)
     o = bits[:, N + N * K :].view(-1, N, K, M)
-    logprobs = [encode.log_softmax(-1)[z], transition.log_softmax(-1)[z[:, :, None], next_z], decode.log_softmax(-1)[next_z[..., None], o]]
+    logprobs = [encode.log_softmax(-1)[z], transition.log_softmax(-1)[z[:, :, None], next_z]]
+    logprobs.append(decode.log_softmax(-1)[next_z[..., None], o])
     rewards = reward[z[:, :, None, None], next_z[..., None], o]
-    expected = torch.einsum("z,zy,yo,zyo->", encode.softmax(-1), transition.softmax(-1), decode.softmax(-1), reward)
+    factors = [table.softmax(-1) for table in (encode, transition, decode)]
+    expected = torch.einsum("z,zy,yo,zyo->", *factors, reward)
     exact = torch.autograd.grad(expected, (encode, transition, decode))
     return logprobs, rewards, (encode, transition, decode), exact
 
@@ -66,23 +76,25 @@ def expected_gradients(logprobs, advantages, tables):
     loss = 0.0
     for logprob, A in zip(logprobs, advantages):
         column = logprob.reshape(-1, 1)
-        # stage_loss averages over nodes, and so over trees; T * probability turns that into the expectation.
+        # stage_loss averages over nodes, and so over trees; T * probability turns that into the
+        # expectation.
         weight = (probability * len(probability)).repeat_interleave(logprob[0].numel())
-        loss = loss + stage_loss(column, column.detach(), torch.ones_like(column), A * weight, clip_ratio=0.2)
+        loss = loss + stage_loss(column, torch.ones_like(column), A * weight)
     return [-gradient for gradient in torch.autograd.grad(loss, tables, retain_graph=True)]
 
 
 @pytest.mark.parametrize("branching", [(2, 2, 2), (3, 1, 2), (2, 2, 1), (3, 1, 1)])
 def test_gradient_is_exact_without_the_division(branching):
     logprobs, rewards, tables, exact = enumerate_trees(branching)
-    advantages = factor_advantages(rewards.flatten(), zeros(branching, len(rewards)), branching, divide=False)
+    own = zeros(branching, len(rewards))
+    advantages = factor_advantages(rewards.flatten(), own, branching, divide=False)
     for estimate, gradient in zip(expected_gradients(logprobs, advantages, tables), exact):
         assert gradient.abs().max() > 0.01
         assert (estimate - gradient).abs().max() < 1e-10
 
 
 def test_a_mean_that_contains_the_sample_scales_the_gradient():
-    """V - mean over all n siblings: (n - 1)/n times the gradient, for every factor with its own n."""
+    """V - mean over all n siblings: (n - 1)/n times the gradient, each factor with its own n."""
     N, K, M = branching = (3, 2, 1)
     logprobs, rewards, tables, exact = enumerate_trees(branching)
     V_ij, V_i = rewards.mean(3), rewards.mean((2, 3))
@@ -95,22 +107,24 @@ def test_a_mean_that_contains_the_sample_scales_the_gradient():
 
 def test_dividing_by_the_standard_deviation_is_not_exact():
     logprobs, rewards, tables, exact = enumerate_trees((2, 2, 2))
-    advantages = factor_advantages(rewards.flatten(), zeros((2, 2, 2), len(rewards)), (2, 2, 2), divide=True)
+    own = zeros((2, 2, 2), len(rewards))
+    advantages = factor_advantages(rewards.flatten(), own, (2, 2, 2), divide=True)
     estimates = expected_gradients(logprobs, advantages, tables)
-    joined = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (estimates, exact)]
+    joined = [torch.cat([x.flatten() for x in gradients]) for gradients in (estimates, exact)]
     assert 0.5 < torch.cosine_similarity(*joined, dim=0) < 0.99
 
 
 def test_a_chain_is_plain_grpo():
-    """With one child per node, the summed loss has the gradient of GRPO on the three texts read as one."""
+    """With one child per node, the loss has the gradient of GRPO on the three texts read as one."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(12, dtype=torch.float64, generator=generator)
     advantages = factor_advantages(rewards, zeros((4, 1, 1), histories=3), (4, 1, 1), divide=True)
     for A in advantages:
         assert torch.equal(A, group_advantages(rewards, 4))
-    texts = [torch.randn(12, length, dtype=torch.float64, generator=generator).requires_grad_() for length in (5, 3, 2)]
+    numbers = partial(torch.randn, dtype=torch.float64, generator=generator)
+    texts = [numbers(12, length).requires_grad_() for length in (5, 3, 2)]
     masks = [(torch.rand(text.shape, generator=generator) < 0.7).double() for text in texts]
-    factored = sum(stage_loss(text, text.detach(), mask, A, 0.2) for text, mask, A in zip(texts, masks, advantages))
+    factored = sum(map(stage_loss, texts, masks, advantages))
     whole, mask = torch.cat(texts, 1), torch.cat(masks, 1)
     plain = -(group_advantages(rewards, 4)[:, None] * whole * mask).sum() / 12
     for ours, grpo in zip(torch.autograd.grad(factored, texts), torch.autograd.grad(plain, texts)):
@@ -119,17 +133,17 @@ def test_a_chain_is_plain_grpo():
 
 
 def test_advantages_by_hand():
-    """Two states with two next states each and two predictions each: V_ij = .5, 0, 1, 1 and V_i = .25, 1."""
+    """Two states, two next states and two predictions each: V_ij = .5, 0, 1, 1 and V_i = .25, 1."""
     leaves = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.float64)
-    encode, transition, decode = factor_advantages(leaves, zeros((2, 2, 2)), (2, 2, 2), divide=False)
+    tree = leaves, zeros((2, 2, 2)), (2, 2, 2)
+    encode, transition, decode = factor_advantages(*tree, divide=False)
     assert encode.tolist() == [-0.75, 0.75]
     assert transition.tolist() == [0.5, -0.5, 0, 0]
     assert decode.tolist() == [1, -1, 0, 0, 0, 0, 0, 0]
     # Two values of a group differ from their mean by sqrt(1/2) of their standard deviation.
-    encode, transition, decode = factor_advantages(leaves, zeros((2, 2, 2)), (2, 2, 2), divide=True)
-    assert torch.allclose(
-        torch.cat([encode, transition[:2], decode[:2]]), torch.tensor([-1, 1, 1, -1, 1, -1]).double() * 0.5**0.5, atol=1e-4
-    )
+    encode, transition, decode = factor_advantages(*tree, divide=True)
+    expected = torch.tensor([-1, 1, 1, -1, 1, -1]).double() * 0.5**0.5
+    assert torch.allclose(torch.cat([encode, transition[:2], decode[:2]]), expected, atol=1e-4)
     assert torch.cat([transition[2:], decode[2:]]).abs().max() == 0
 
 
@@ -145,13 +159,13 @@ def test_a_root_without_siblings_is_refused():
         factor_advantages(torch.ones(2), zeros((1, 2)), (1, 2), divide=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Strict mediation
 
 
 @pytest.mark.parametrize("formulation", ["strict", "leaky"])
 def test_only_strict_mediation_hides_the_history(model, formulation):
-    """Two histories, one z: what the later stages write, and how likely every word is, may differ under "leaky" only."""
+    """Two histories, one z: what later stages write, and how likely, differs under "leaky" only."""
     rng = random.Random(0)
     episodes = [beliefs.make_episode(rng, events, 1) for events in (3, 6)]
     z, action = "in-hall red-lamp blue-door", "paint green-gate"
@@ -161,9 +175,10 @@ def test_only_strict_mediation_hides_the_history(model, formulation):
         ids = [torch.tensor([beliefs.TOKENIZER(prompt).input_ids]) for prompt in prompts]
         first, second = (model(input_ids=x).logits[0, -1].softmax(-1) for x in ids)
         written = [beliefs.write(model, formulation, stage, [row], seed=1)[0] for row in rows]
+        scored = [full_logprobs(model, rollouts, 1.0) for rollouts in written]
         if formulation == "strict":
             assert torch.equal(first, second)
-            assert torch.equal(written[0].logprobs, written[1].logprobs)
+            assert torch.equal(*scored)
             assert torch.equal(written[0].completion_ids, written[1].completion_ids)
         else:
             assert (first - second).abs().max() > 1e-3
@@ -174,12 +189,12 @@ def test_the_encoder_has_one_prompt():
     assert "{state}" not in PROMPTS["strict"]["encode"] + PROMPTS["stateless"]["decode"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The world
 
 
 def test_the_history_determines_the_state():
-    """The last fact that a history mentions about a thing is true, and so is the room of the last action that moves."""
+    """The last fact about a thing in a history is true, and so is the room of the last move."""
     rng = random.Random(0)
     for _ in range(200):
         episode = beliefs.make_episode(rng, rng.randint(2, 9), 1)
@@ -194,11 +209,13 @@ def test_the_history_determines_the_state():
 
 
 def test_actions():
-    state = {"in": "in-yard", "lamp": "red-lamp", "door": "red-door", "gate": "blue-gate", "pump": "green-pump"}
+    state = {"in": "in-yard", "lamp": "red-lamp", "door": "red-door"}
+    state |= {"gate": "blue-gate", "pump": "green-pump"}
     assert beliefs.act(state, "look here") == state
     assert beliefs.observe(beliefs.act(state, "go hall")) == "red-lamp red-door"
     assert beliefs.observe(beliefs.act(state, "paint green-door")) == "red-lamp green-door"
-    assert beliefs.describe(beliefs.act(state, "paint red-pump")) == "in-yard red-lamp red-door blue-gate red-pump"
+    painted = beliefs.describe(beliefs.act(state, "paint red-pump"))
+    assert painted == "in-yard red-lamp red-door blue-gate red-pump"
 
 
 @pytest.mark.parametrize(
@@ -219,14 +236,15 @@ def test_format_and_f1(text, valid, score):
 
 
 def test_own_rewards():
-    rows = [{"state": "red-lamp", "observation": "red-lamp"}, {"state": "red-lamp red-lamp hall", "observation": ""}]
-    assert beliefs.own_rewards("encode", rows, 0.1, 0.5).tolist() == pytest.approx([0.1 - 0.1, -0.3])
-    assert beliefs.own_rewards("transition", rows, 0.1, 0.5).tolist() == pytest.approx([0.1, 0])
-    assert beliefs.own_rewards("decode", rows, 0.1, 0.5).tolist() == pytest.approx([0.1, 0])
+    rows = [{"state": "red-lamp", "observation": "red-lamp"}]
+    rows += [{"state": "red-lamp red-lamp hall", "observation": ""}]
+    expected = {"encode": [0.1 - 0.1, -0.3], "transition": [0.1, 0], "decode": [0.1, 0]}
+    for stage, g in expected.items():
+        assert beliefs.own_rewards(stage, rows, 0.1, 0.5).tolist() == pytest.approx(g)
 
 
 def test_warm_texts():
-    """Prompts are those of the stages; beliefs are false and missing as often as they should be; observations are true."""
+    """Beliefs are false and missing as often as they should be; observations are true."""
     texts = beliefs.warm_texts(0, replace(SMALL, warm_steps=50))
     encoded = [(prompt, target) for prompt, target in texts if prompt.startswith("encode")]
     assert len(texts) == 3200
@@ -236,7 +254,8 @@ def test_warm_texts():
         last = {beliefs.FACTS[word]: word for word in prompt.split() if word in beliefs.FACTS}
         found = {beliefs.FACTS[word]: word for word in target.split()}
         for thing in beliefs.ROOM_OF:
-            counts["missing" if thing not in found else "true" if found[thing] == last[thing] else "false"] += 1
+            told = "true" if found.get(thing) == last[thing] else "false"
+            counts[told if thing in found else "missing"] += 1
     total = sum(counts.values())
     assert counts["false"] / total == pytest.approx(0.15, abs=0.03)
     assert counts["missing"] / total == pytest.approx(0.15, abs=0.03)
@@ -246,23 +265,28 @@ def test_warm_texts():
             assert action[0] != "paint" or action[1] in target
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling and measures
 
 
-def test_sampled_and_scored_log_probabilities_agree(model):
-    """Left-padded prompts of different lengths, rows that end early: the distribution that wrote a text is the one that is scored."""
+def test_texts_are_sampled_from_the_distribution_that_is_scored(model):
+    """With left-padded prompts of different lengths, and rows that end early."""
     rng = random.Random(1)
-    rows = [{"history": beliefs.make_episode(rng, events, 1).history} for events in (2, 5, 9, 3)] * 4
+    histories = [beliefs.make_episode(rng, events, 1).history for events in (2, 5, 9, 3)] * 4
+    rows = [{"history": history} for history in histories]
     rollouts, written = beliefs.write(model, "strict", "encode", rows, seed=3)
     assert len(set(rollouts.completion_mask.sum(1).tolist())) > 1
-    assert (completion_logprobs(model, rollouts, 1.0) - rollouts.logprobs).abs().max() < 1e-10
+    noise, _ = random_numbers(len(rows), beliefs.MAX_WORDS["encode"], seed=3)
+    logprobs, real = full_logprobs(model, rollouts, 1.0), rollouts.completion_mask.bool()
+    for t, ids in enumerate(rollouts.completion_ids.T):
+        again = sample(logprobs[:, t], noise[0, t], temperature=1.0)
+        assert torch.equal(again[real[:, t]], ids[real[:, t]])
     for row, ids, mask in zip(written, rollouts.completion_ids, rollouts.completion_mask.bool()):
         assert beliefs.TOKENIZER(row["state"]).input_ids == [i for i in ids[mask].tolist() if i]
 
 
 def oracle(model, formulation, stage, rows, seed, temperature=1.0):
-    """A stand-in for `write` that follows the rules of the world, reading what the prompt of its stage shows."""
+    """A stand-in for `write` that follows the rules, reading what the prompt of its stage shows."""
     written = []
     for row in rows:
         shown = PROMPTS[formulation][stage]
@@ -270,22 +294,25 @@ def oracle(model, formulation, stage, rows, seed, temperature=1.0):
             words, state = row["history"].split(), {}
             for before, word in zip([None, *words], words):
                 if word in beliefs.FACTS:
-                    state |= {"in": f"in-{beliefs.ROOM_OF[beliefs.FACTS[word]]}", beliefs.FACTS[word]: word}
+                    thing = beliefs.FACTS[word]
+                    state |= {"in": f"in-{beliefs.ROOM_OF[thing]}", thing: word}
                 elif before == "go":
                     state["in"] = f"in-{word}"
         else:
             state = {beliefs.FACTS[word]: word for word in row["state"].split()}
         if stage == "transition" or "{state}" not in shown and stage == "decode":
             state = beliefs.act(state, row["action"])
-        written.append(row | {beliefs.WRITES[stage]: beliefs.observe(state) if stage == "decode" else beliefs.describe(state)})
+        tell = beliefs.observe if stage == "decode" else beliefs.describe
+        written.append(row | {beliefs.WRITES[stage]: tell(state)})
     return None, written
 
 
 @pytest.mark.parametrize("name", ["stateless", "strict", "leaky"])
 def test_an_oracle_scores_one_at_every_horizon(monkeypatch, name):
-    """The measures are 1 for a model that makes no mistake; and what is appended to histories is its own text."""
+    """The measures are 1 for a model without mistakes, and histories grow by its own text."""
     monkeypatch.setattr(beliefs, "write", oracle)
-    policies, config = dict.fromkeys(PROMPTS[ARMS[name].formulation]), replace(Config(), episodes=30)
+    policies = dict.fromkeys(PROMPTS[ARMS[name].formulation])
+    config = replace(Config(), episodes=30)
     measures = beliefs.evaluate(policies, ARMS[name], 0, config)
     assert measures["one_step"] == 1
     assert (measures["state"], measures["length"]) == ((0, 0) if name == "stateless" else (1, 1))
@@ -296,24 +323,30 @@ def test_an_oracle_scores_one_at_every_horizon(monkeypatch, name):
 
 
 def test_no_true_observation_is_read_in_open_loop(model):
-    """Episodes with one history and other truths give the same rows; with `extend` the history grows by what was written."""
+    """Episodes with one history and other truths give the same rows.
+
+    With `extend` the history grows by what was written.
+    """
     policies = dict.fromkeys(PROMPTS["leaky"], model)
     episode = beliefs.make_episode(random.Random(0), 3, 2)
     other = episode._replace(state={}, states=[{}, {}])
-    first, second = (beliefs.open_loop(policies, ARMS["leaky"], [e], ("key",)) for e in (episode, other))
-    assert first == second
-    assert first[2][0]["history"] == f"{episode.history} {episode.actions[0]} {first[1][0]['observation']}"
-    kept = beliefs.open_loop(policies, ARMS["leaky"], [episode], ("key",), extend=False)
+    loop = partial(beliefs.open_loop, policies, ARMS["leaky"], key=("key",))
+    first = loop([episode])
+    assert first == loop([other])
+    own = f"{episode.actions[0]} {first[1][0]['observation']}"
+    assert first[2][0]["history"] == f"{episode.history} {own}"
+    kept = loop([episode], extend=False)
     assert kept[2][0]["history"] == episode.history
 
 
 def test_matched_state_f1():
-    first = [dict(one_step=0.6, state=0.5), dict(one_step=0.8, state=0.9), dict(one_step=0.95, state=1.0)]
-    second = [dict(one_step=0.7, state=0.6), dict(one_step=0.85, state=0.4)]
+    rows = [(0.6, 0.5), (0.8, 0.9), (0.95, 1.0), (0.7, 0.6), (0.85, 0.4)]
+    rows = [dict(one_step=one_step, state=state) for one_step, state in rows]
+    first, second = rows[:3], rows[3:]
     assert beliefs.matched_state_f1(first, second) == pytest.approx((0.5, -0.05))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training and files
 
 
@@ -323,7 +356,8 @@ def base():
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_every_arm_starts_from_the_same_encoder(base):
@@ -333,7 +367,10 @@ def test_every_arm_starts_from_the_same_encoder(base):
         assert len(set(map(id, policies.values()))) == (len(policies) if arm.separate else 1)
 
 
-@pytest.mark.parametrize("name", ["stateless", "leaky", "leaky-frozen", "leaky-shared", "strict-no-std"])
+TRAINED = ["stateless", "leaky", "leaky-frozen", "leaky-shared", "strict-no-std"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_changes_what_it_should(base, name):
     policies, evaluations = beliefs.train(base, ARMS[name], 0, SMALL)
     assert [row["update"] for row in evaluations] == [0, 1, 2]
@@ -346,22 +383,26 @@ def test_training_changes_what_it_should(base, name):
 
 
 def test_no_reward_differences_no_change(base, monkeypatch):
-    """With the same reward for every text, nothing is to be preferred, and the weights stay what they are."""
+    """With the same reward for every text, nothing is preferred, and the weights stay."""
     monkeypatch.setattr(beliefs, "f1", lambda predicted, truth: 0.5)
-    monkeypatch.setattr(beliefs, "own_rewards", lambda stage, rows, *weights: torch.zeros(len(rows), dtype=torch.float64))
+    nothing = lambda stage, rows, *weights: torch.zeros(len(rows)).double()  # noqa: E731
+    monkeypatch.setattr(beliefs, "own_rewards", nothing)
     policies, _ = beliefs.train(base, Arm("strict"), 0, SMALL)
     assert all(same(policy, base) for policy in policies.values())
 
 
 def test_main_resumes_and_draws_from_files(tmp_path, monkeypatch, capsys):
-    """A second command runs only what is missing, gives the same numbers again, and draws what the files say."""
+    """A second command runs what is missing, with the same numbers, and draws what files say."""
     command = ["--arms", "strict", "leaky", "--seeds", "2", "--out", str(tmp_path)]
     beliefs.main(command, SMALL)
     paths = sorted(tmp_path.glob("*/seed-*.json"))
-    assert [str(path.relative_to(tmp_path)) for path in paths] == [f"{arm}/seed-{k}.json" for arm in ("leaky", "strict") for k in (0, 1)]
-    assert {path.name for path in tmp_path.iterdir()} == {"strict", "leaky", "config.json", "table.md", "belief_states.png"}
+    expected = [f"{arm}/seed-{k}.json" for arm in ("leaky", "strict") for k in (0, 1)]
+    assert [str(path.relative_to(tmp_path)) for path in paths] == expected
+    others = {path.name for path in tmp_path.iterdir()} - {"strict", "leaky"}
+    assert others == {"config.json", "table.md", "belief_states.png"}
     assert json.loads((tmp_path / "config.json").read_text())["config"]["updates"] == 2
-    contents, table = [json.loads(path.read_text()) for path in paths], (tmp_path / "table.md").read_text()
+    contents = [json.loads(path.read_text()) for path in paths]
+    table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
 
     paths[-1].unlink()
@@ -397,9 +438,9 @@ def test_other_settings_are_refused(tmp_path, base):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seeds", "0"], "0: must be a finite number of at least 1 and at most 10"),
-        (["--seeds", "11"], "at most 10"),
-        (["--seed", "-1"], "-1: must be a finite number of at least 0 and at most 9"),
+        (["--seeds", "0"], "0: must be from 1 to 10"),
+        (["--seeds", "11"], "11: must be from 1 to 10"),
+        (["--seed", "-1"], "-1: must be from 0 to 9"),
         (["--arms", "stric"], "invalid choice: 'stric'"),
     ],
 )

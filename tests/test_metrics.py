@@ -1,86 +1,113 @@
+"""Every metric by hand."""
+
+import math
+
 import pytest
+import torch
 
 from lab.problems import LANGUAGES, generate, plain
-from metrics import METRICS, count_handoffs, has_jargon, language_of, summarise, wilson_interval
-
-
-@pytest.mark.parametrize(
-    ("text", "jargon"),
-    [("48/2 = <<48/2=24>>24", True), ("48/2 = <<48/2=", True), ("=24>>24", True), ("48/2 = 24 < 30 > 2", False), ("", False)],
+from metrics import (
+    METRICS,
+    batch_statistics,
+    count_handoffs,
+    distance_from_junior,
+    has_jargon,
+    language_of,
+    summarise,
+    wilson_interval,
 )
-def test_jargon(text, jargon):
-    assert has_jargon(text) is jargon
+from rollout import Rollouts
+
+
+def test_jargon():
+    assert all(map(has_jargon, ("48/2 = <<48/2=24>>24", "48/2 = <<48/2=", "=24>>24")))
+    assert not any(map(has_jargon, ("48/2 = 24 < 30 > 2", "")))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_language_of_solutions_whose_language_is_known(language):
-    solutions = [problem.solutions[language] for problem in generate(200, "test", 1)]
+    solutions = [problem.solutions[language] for problem in generate(100, "test", 1)]
     for form in (solutions, list(map(plain, solutions))):
-        assert sum(language_of(text, LANGUAGES) == language for text in form) >= 198
+        assert sum(language_of(text, LANGUAGES) == language for text in form) >= 98
 
 
 def test_language_looks_at_words_only():
     assert language_of("48/2 = <<48/2=24>>24\n#### 24", LANGUAGES) == "none"
-    assert language_of("<<the house is in the garden>> Das Haus steht im Garten", ("en", "de")) == "de"
+    annotated = "<<the house is in the garden>> Das Haus steht im Garten"
+    assert language_of(annotated, ("en", "de")) == "de"
     assert language_of("Das Haus steht im Garten", ("en", "fr")) in ("en", "fr")
     with pytest.raises(ValueError, match="xx"):
         language_of("Haus", ("en", "xx"))
 
 
+def test_summary_by_hand(monkeypatch):
+    """Three solutions: two right, one with jargon, one without words.
+
+    Accuracy does not depend on the reward, and a metric is added in one place: here words.
+    """
+    monkeypatch.setattr("reward.reward", lambda completion, gold: 0.5)
+    monkeypatch.setitem(METRICS, "words", lambda solution, gold: len(solution.split()))
+    texts = ["She has <<1+1=2>>2 left.\n#### 2", "Sie hat noch drei Äpfel.\n#### 3", "7"]
+    summary = summarise(texts, ["2", "3", "8"], [10, 8, 3], LANGUAGES)
+    outcomes = {"accuracy": [1, 1, 0], "jargon": [1, 0, 0], "words": [6, 7, 1]}
+    assert summary.pop("outcomes") == outcomes | {"language": ["en", "de", "none"]}
+    assert summary.pop("languages") == pytest.approx(dict.fromkeys(("de", "en", "none"), 1 / 3))
+    means = {"accuracy": 2 / 3, "jargon": 1 / 3, "words": 14 / 3, "tokens": 7}
+    assert summary == pytest.approx({"n": 3} | means)
+
+
+HANDOFFS = {  # spans: handoffs, of these inside an expression, inside a word, inside a number
+    "She sells 5: |12-5=<<12-5=7>>7.": [1, 0, 0, 0],  # before the expression
+    "She sells 5: 12-|5=<<12-5=7>>7.": [1, 1, 0, 0],
+    "She sells 5: 12-5=<<12-5=|7>>|7|.": [3, 2, 0, 0],  # the last one is after it
+    "48/2| = |24 clips": [2, 2, 0, 0],  # spaces around an operator are inside
+    "Sie besi|tzt 9|-mal so| viele": [3, 0, 1, 0],
+    "#### |1|8": [2, 0, 0, 1],
+    "She has 3 |and| 4|th": [3, 0, 0, 0],  # between a digit and a letter it is in neither
+    "so <<1|,000*2|5": [2, 2, 0, 1],
+    "no handoff": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("text", HANDOFFS)
+def test_handoffs_by_place(text):
+    spans = [("SJ"[i % 2], span) for i, span in enumerate(text.split("|"))]
+    assert list(count_handoffs([spans]).values()) == HANDOFFS[text]
+    # A second rollout without a handoff halves the means.
+    halved = count_handoffs([spans, [("S", "1+1")]])
+    assert [2 * mean for mean in halved.values()] == HANDOFFS[text]
+
+
+def test_batch_statistics_by_hand():
+    """S J S and S S with padding: 2 and 0 handoffs, 4 of 5 tokens by the senior."""
+    ones, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    by_senior = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    rollouts = Rollouts(ones, ones, ones, ones, ones, mask, by_senior, ["1 <<", "1"])
+    expected = dict(reward=0.25, jargon=0.5, senior_share=0.8, handoffs=1.0, tokens=5)
+    assert batch_statistics(rollouts, torch.tensor([0.0, 0.5])) == pytest.approx(expected)
+
+
+def test_distance_from_junior_by_hand():
+    """The senior has 1/2, 1/2 and the junior 1/4, 3/4; written are tokens 0 and 1, then padding.
+
+    legibility: (ln 4 + ln 4/3) / 2. drift at T = 1: (ln 2 + ln 2/3) / 2. At T = 2 the junior has
+    1 and sqrt(3) over 1 + sqrt(3). An empty solution has the value 0.
+    """
+    senior, junior = (torch.tensor(x).log().expand(2, 3, 2) for x in ([0.5, 0.5], [0.25, 0.75]))
+    ids, mask = torch.tensor([[0, 1, 0]] * 2), torch.tensor([[1, 1, 0], [0, 0, 0]])
+    low, high = 1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))
+    drifts = {1.0: math.log(4 / 3) / 2, 2.0: -math.log(4 * low * high) / 2}
+    for temperature, drift in drifts.items():
+        found = distance_from_junior(senior, junior, ids, mask, temperature)
+        assert found["legibility"].tolist() == pytest.approx([math.log(16 / 3) / 2, 0])
+        assert found["drift"].tolist() == pytest.approx([drift, 0], rel=1e-5)
+
+
 def test_wilson_by_hand():
-    """10 of 10 at z = 1.96: low = 10 / (10 + 3.8415) = 0.7225, high = 1. 1 of 2 is symmetric about a half."""
+    """10 of 10: low = 10 / (10 + 1.96 ** 2) = 0.7225. 1 of 2 is symmetric about a half."""
     assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    low, high = wilson_interval(1, 2)
-    assert low + high == pytest.approx(1.0)
-    assert high - low == pytest.approx(0.8108, abs=1e-3)
+    assert wilson_interval(1, 2) == pytest.approx((0.0945, 0.9055), abs=1e-4)
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="invalid proportion"):
             wilson_interval(successes, n)
-
-
-def test_a_metric_is_added_in_one_place(monkeypatch):
-    """Whatever is named in METRICS is in the evaluation, as a mean over the solutions; here the number of lines."""
-    monkeypatch.setitem(METRICS, "lines", lambda solution, gold: len(solution.splitlines()))
-    assert summarise(["She has 2.\n#### 2", "#### 3"], ["2", "3"], [1, 1], LANGUAGES)["lines"] == 1.5
-
-
-def test_accuracy_does_not_depend_on_the_reward(monkeypatch):
-    monkeypatch.setattr("reward.reward", lambda completion, gold: 0.5)
-    assert summarise(["#### 2", "#### 3"], ["2", "2"], [1, 1], LANGUAGES)["accuracy"] == 0.5
-    assert summarise(["#### 2", "#### 2"], ["2", "2"], [1, 1], LANGUAGES)["accuracy"] == 1.0
-
-
-def test_summary_by_hand():
-    """Three solutions: two right, one with jargon, one without words."""
-    texts = ["She has <<1+1=2>>2 apples left.\n#### 2", "Sie hat noch drei Äpfel.\n#### 3", "7"]
-    cell = summarise(texts, ["2", "3", "8"], [10, 8, 3], LANGUAGES)
-    third = pytest.approx(1 / 3)
-    assert cell == {
-        "n": 3,
-        "accuracy": pytest.approx(2 / 3),
-        "jargon": third,
-        "languages": {"de": third, "en": third, "none": third},
-        "tokens": 7,
-    }
-
-
-@pytest.mark.parametrize(
-    ("spans", "handoffs", "inside", "in_words", "in_numbers"),
-    [
-        ("She sells 5: |12-5=<<12-5=7>>7.", 1, 0, 0, 0),  # before the expression
-        ("She sells 5: 12-|5=<<12-5=7>>7.", 1, 1, 0, 0),
-        ("She sells 5: 12-5=<<12-5=|7>>|7|.", 3, 2, 0, 0),  # the last one is after it
-        ("48/2| = |24 clips", 2, 2, 0, 0),  # spaces around an operator are inside
-        ("Sie besi|tzt 9|-mal so| viele", 3, 0, 1, 0),
-        ("#### |1|8", 2, 0, 0, 1),
-        ("She has 3 |and| 4|th", 3, 0, 0, 0),  # between a digit and a letter it is in neither
-        ("so <<1|,000*2|5", 2, 2, 0, 1),
-        ("no handoff", 0, 0, 0, 0),
-    ],
-)
-def test_handoffs_by_place(spans, handoffs, inside, in_words, in_numbers):
-    cut = [("senior" if i % 2 == 0 else "junior", text) for i, text in enumerate(spans.split("|"))]
-    counts = {"handoffs": handoffs, "handoffs_inside": inside, "handoffs_in_words": in_words, "handoffs_in_numbers": in_numbers}
-    assert count_handoffs([cut]) == counts
-    assert count_handoffs([cut, [("senior", "1+1")]]) == {name: count / 2 for name, count in counts.items()}

@@ -1,66 +1,69 @@
+"""Generated problems, GSM8K's format, and what each model is asked."""
+
 import json
 import re
 
 import pytest
 
+from lab import experiments
 from lab.problems import (
     ANNOTATION,
     EXAMPLES,
     INSTRUCTIONS,
     LANGUAGES,
-    WORLDS,
+    LARGEST,
     chat_prompt,
     demonstrations,
+    examples,
     generate,
     load_gsm8k,
     plain,
     prompt,
+    training_problems,
 )
 from metrics import has_jargon, language_of
 from reward import reward
 
-EXPRESSION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([0-9]+)([-+*/])([0-9]+)=([0-9]+)>>([0-9]+)")
+NUMBER, OPERATOR = "([0-9]+)", "([-+*/])"
+SIDE = NUMBER + OPERATOR + NUMBER
+EXPRESSION = re.compile(f"{SIDE}=<<{SIDE}={NUMBER}>>{NUMBER}")
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
-def test_generated_solutions_are_right(world):
-    """Each step is recomputed; the last result is the gold; two to four steps; the same numbers in each language."""
-    for problem in generate(500, "train", 3, world):
-        steps = [EXPRESSION.findall(problem.solutions[language]) for language in LANGUAGES]
+def steps_of(solution: str) -> list:
+    """The expressions of a solution, each of which is recomputed."""
+    found = EXPRESSION.findall(solution)
+    for a, op, b, *again, result, written in found:
+        x, y = int(a), int(b)
+        assert again == [a, op, b]
+        assert {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[op] == int(result) == int(written)
+    assert len(found) == solution.count("<<") == len(ANNOTATION.findall(solution)) >= 2
+    return found
+
+
+def test_generated_solutions_are_right():
+    """The last result is the gold; two to four steps; the same numbers in each language."""
+    for problem in generate(500, "train", 3):
+        steps = [steps_of(problem.solutions[language]) for language in LANGUAGES]
         assert steps[0] == steps[1] == steps[2]
-        assert 2 <= len(steps[0]) <= 4
-        for a, op, b, *again, result, written in steps[0]:
-            assert again == [a, op, b]
-            exact = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op]
-            assert exact == int(result) == int(written) <= world.largest
+        assert len(steps[0]) <= 4
+        assert all(int(step[-1]) <= LARGEST for step in steps[0])
+        told = set(re.findall("[0-9]+", problem.question))
         for solution in problem.solutions.values():
+            assert told <= set(re.findall("[0-9]+", solution))
             assert solution.endswith(f"\n#### {problem.gold}")
             assert reward(solution, problem.gold) == 1.0
-            assert len(ANNOTATION.findall(solution)) == solution.count("<<") == len(steps[0])
             assert "<<" not in plain(solution)
             assert not re.search(r"[{}]|  ", solution + problem.question)
 
 
-def test_numbers_of_the_question_are_used():
-    """Every number of a question is an operand of the solution (so nothing is asked that is not told)."""
-    for problem in generate(200, "test", 0):
-        told = re.findall("[0-9]+", problem.question)
-        assert set(told) <= set(re.findall("[0-9]+", problem.solutions["en"]))
-
-
 def test_the_splits_never_meet():
     seeds = {"train": 0, "validation": 9, "test": 9}
-    train, validation, test = ({problem.question for problem in generate(3000, split, seed)} for split, seed in seeds.items())
-    assert len(train) > 2900
-    assert not train & test
-    assert not train & validation
-    assert not validation & test
+    splits = [{p.question for p in generate(3000, *item)} for item in seeds.items()]
+    assert len(splits[0]) > 2900
+    assert not splits[0] & splits[1]
+    assert not splits[0] & splits[2]
+    assert not splits[1] & splits[2]
     assert generate(5, "train", 1) == generate(5, "train", 1) != generate(5, "train", 2)
-
-
-def test_prompt_cues():
-    assert prompt("Why?") == "Question: Why?\nAnswer:"
-    assert [prompt("Why?", language).split("\n")[1] for language in LANGUAGES] == ["Answer:", "Antwort:", "Réponse:"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -68,37 +71,35 @@ def test_demonstrations(language):
     """Right in each step, in their language, annotated for the specialist alone."""
     for annotated in (True, False):
         shots = demonstrations(EXAMPLES, language, annotated)
-        for (question, solution), example in zip(shots, EXAMPLES):
+        for (question, solution), example in zip(shots, EXAMPLES, strict=True):
             assert question == example.question
             assert reward(solution, example.gold) == 1.0
             assert has_jargon(solution) == annotated
             assert language_of(solution, LANGUAGES) == language
-    for example in EXAMPLES:
-        for a, op, b, *again, result, written in EXPRESSION.findall(example.solutions[language]):
-            assert again == [a, op, b]
-            assert (
-                {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(result) == int(written)
-            )
-        assert len(EXPRESSION.findall(example.solutions[language])) == example.solutions[language].count("<<") >= 2
+            assert steps_of(example.solutions[language])
 
 
-def test_prompts_with_shots():
-    """Instruction, solved example, question; a chat has a turn for each."""
-    shots = [("Q1?", "A1")]
-    assert prompt("Q2?", "de", shots) == f"{INSTRUCTIONS['de']}\n\nQuestion: Q1?\nAntwort: A1\n\nQuestion: Q2?\nAntwort:"
+def test_prompts():
+    """Cue; instruction, solved example, question; a chat has a turn for each."""
+    cues = [prompt("Why?", language).split("\n")[1] for language in LANGUAGES]
+    assert cues == ["Answer:", "Antwort:", "Réponse:"]
+    shots, german, french = [("Q1?", "A1")], INSTRUCTIONS["de"], INSTRUCTIONS["fr"]
+    expected = f"{german}\n\nQuestion: Q1?\nAntwort: A1\n\nQuestion: Q2?\nAntwort:"
+    assert prompt("Q2?", "de", shots) == expected
 
     class Chat:
         def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
             assert not enable_thinking
             return " | ".join(f"{message['role']}: {message['content']}" for message in messages)
 
-    instruction = INSTRUCTIONS["fr"]
-    assert chat_prompt(Chat(), "Q2?", "fr", shots) == f"user: Q1?\n{instruction} | assistant: A1 | user: Q2?\n{instruction}"
+    expected = f"user: Q1?\n{french} | assistant: A1 | user: Q2?\n{french}"
+    assert chat_prompt(Chat(), "Q2?", "fr", shots) == expected
 
 
-@pytest.mark.parametrize(
-    "bad", ["not json", "{}", '{"question": "Q"}', '{"question": "Q", "answer": "no mark"}', "[1]", '{"question": "Q", "answer": 5}']
-)
+BAD = ["not json", "{}", '{"question": "Q"}', '{"question": "Q", "answer": "no mark"}', "[1]"]
+
+
+@pytest.mark.parametrize("bad", [*BAD, '{"question": "Q", "answer": 5}'])
 def test_a_malformed_line_is_named(tmp_path, bad):
     good = json.dumps({"question": "Q", "answer": "1+1 = <<1+1=2>>2\n#### 2"})
     (tmp_path / "train.jsonl").write_text(f"{good}\n\n{bad}\n")
@@ -106,12 +107,30 @@ def test_a_malformed_line_is_named(tmp_path, bad):
         load_gsm8k(str(tmp_path), "train")
 
 
-def test_files(tmp_path):
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Q", "answer": "1+1 = <<1+1=2>>2\n#### 1,002"}))
+@pytest.mark.parametrize("answer", ["1,002", "1/2", "1 500", "10:30", "12 (of 20)", "-3", "$5.50"])
+def test_a_reference_solution_is_right(tmp_path, answer):
+    """It is read by the very rule by which a solution is read."""
+    whole = f"1+1 = <<1+1=2>>2\n#### {answer}"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Q", "answer": whole}))
     (problem,) = load_gsm8k(str(tmp_path), "test")
-    assert (problem.question, problem.gold) == ("Q", "1,002")
-    assert problem.solutions == {"en": "1+1 = <<1+1=2>>2\n#### 1,002"}
+    assert reward(problem.solutions["en"], problem.gold) == 1.0
+
+
+def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="train.jsonl is not there"):
         load_gsm8k(str(tmp_path), "train")
     with pytest.raises(FileNotFoundError, match="/no/such/folder/train.jsonl is not there"):
         load_gsm8k("/no/such/folder", "train")
+
+
+def test_examples_of_gsm8k_are_left_out_of_training(tmp_path):
+    """The first with two or three annotated steps; for other languages those of the project."""
+    line = "1+1 = <<1+1=2>>2\n"
+    answers = [line + "#### 2", line * 2 + "#### 2", line * 4 + "#### 2", line * 3 + "#### 2"]
+    rows = [{"question": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"preset": "qwen", "problems": str(tmp_path)}
+    run = experiments.flags_of_run(given, "tandem", 0)
+    assert [problem.question for problem in examples(run)] == ["Q1", "Q3"]
+    assert [problem.question for problem in training_problems(run)] == ["Q0", "Q2"]
+    assert examples(experiments.flags_of_run(given, "en-de-tandem", 0)) == EXAMPLES

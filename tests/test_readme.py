@@ -1,82 +1,107 @@
-"""What the two READMEs say is there: files, tables and numbers of the committed results, and a row for every open choice."""
+"""What the READMEs say is there: files, tables, and each number with its arm, update and metric."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from lab import curves, figures
-from run_gsm8k import SETTINGS
+from lab import figures, tables
+from lab.experiments import SETTINGS
 from tandem import SCHEDULES
 
 HERE = Path(__file__).parent.parent
 TINY, SMOL = HERE / "results" / "tiny", HERE / "results" / "smol"
-READMES = {path: path.read_text(encoding="utf-8") for path in (HERE / "README.md", HERE / "results" / "README.md")}
-README, RESULTS = READMES.values()
+PAGES = ["README.md", "results/README.md", "exercises.md", "results/open-choices.md"]
+PAGES = {HERE / name: (HERE / name).read_text(encoding="utf-8") for name in PAGES}
+README, RESULTS, _, CHOICES = PAGES.values()
+# The numbers of the README in their order: arm, who, metric, update.
+CLAIMS = [
+    ("97.3 % [95.7, 98.4]", "tandem", "senior", "jargon", 0),
+    ("0.0 % [0.0, 0.6]", "tandem", "senior", "jargon", 20),
+    ("99.8 % [99.1, 100.0]", "solo", "senior", "jargon", 28),
+    ("0.0 % [0.0, 0.6]", "shuffled", "senior", "jargon", 28),
+    ("47.7 % [43.7, 51.7]", "shuffled", "senior", "accuracy", 28),
+    ("72.0 % [68.3, 75.4]", "tandem", "senior", "accuracy", 28),
+    ("99.7 % [99.1, 99.9]", "grpo-solo", "senior", "jargon", 80),
+    ("89.8 % [87.8, 91.5]", "grpo-shuffled", "senior", "jargon", 80),
+    ("74.2 % [70.5, 77.5]", "tandem", "senior", "accuracy", 0),
+    ("66.2 % [62.3, 69.8]", "tandem", "senior", "accuracy", 8),
+]
+NUMBER = r"\d+\.\d % \[\d+\.\d, \d+\.\d\]"
 
 
-@pytest.mark.parametrize("path", READMES)
+def stated_in(text: str) -> list[str]:
+    return re.findall(NUMBER, " ".join(text.split()))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", READMES[path])
-    assert len(links) >= 10
-    assert [link for link in links if not link.startswith("http") and not (path.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[path])
+    assert links
+    here = [link for link in links if not link.startswith("http")]
+    assert [link for link in here if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_states_only_these_numbers():
+    assert stated_in(README) == [claim[0] for claim in CLAIMS]
+    assert len(README.split()) <= 1100
+
+
+@pytest.mark.parametrize(("number", "arm", "who", "metric", "update"), CLAIMS)
+def test_numbers_are_those_of_the_files(number, arm, who, metric, update):
+    point = tables.pooled(tables.read_runs(TINY, [arm]), who, metric).loc[update]
+    assert number == tables.with_interval(point).replace(" [", " % [")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_tables_are_those_of_the_results(setting):
     """Each row is what lab/figures.py makes of the committed files."""
-    rows = figures.table(curves.read_runs(TINY, figures.complete_setting(TINY, setting, SETTINGS[setting]))).splitlines()
+    runs = tables.read_runs(TINY, figures.arms_of(TINY, setting))
+    rows = tables.table(runs).splitlines()
     assert len(rows) >= 4
     assert [row for row in rows if row not in RESULTS] == []
 
 
 def test_tables_of_the_taught_model_are_those_of_the_results():
-    runs = curves.read_runs(SMOL, figures.arms_in(SMOL))
-    trained = {arm: seeds for arm, seeds in runs.items() if seeds[0][-1]["update"] > 0}
-    # Arms with the same schedule have the same handoffs before training, so the table names one of them.
-    schedules = {arm: seeds for arm, seeds in runs.items() if arm == "tandem" or arm in SCHEDULES}
-    rows = [*figures.table(trained).splitlines(), *figures.table_of_handoffs(SMOL, schedules).splitlines()]
-    rows += figures.table(curves.read_runs(SMOL / "eval-500", ["tandem"])).splitlines()
-    assert len(trained) >= 2
-    assert len(schedules) == len(SCHEDULES)
+    runs = tables.read_runs(SMOL, tables.arms_in(SMOL))
+    trained = runs[runs.arm.isin(runs.arm[runs["update"] > 0])]
+    rows = tables.table(trained).splitlines()
+    rows += tables.table(tables.read_runs(SMOL / "eval-500", ["tandem"])).splitlines()
+    schedules = runs[runs.arm.isin(["tandem", *SCHEDULES])]
+    rows += tables.table_of_handoffs(SMOL, schedules).splitlines()
+    assert len(rows) >= 10
     assert [row for row in rows if row not in RESULTS] == []
 
 
-def test_percentages_are_those_of_the_results():
+def test_percentages_in_the_results_are_measured():
     """Every "97.8 % [96.3, 98.7]" is what some arm has measured at some update."""
     measured = set()
-    for folder in (TINY, SMOL, *(SMOL / name for name in ("eval-500", "untaught/generated", "untaught/gsm8k"))):
-        for seeds in curves.read_runs(folder, figures.arms_in(folder)).values():
-            languages = [f"languages.{code}" for code in figures.languages_written(seeds)]
+    further = ("eval-500", "untaught/generated", "untaught/gsm8k")
+    for folder in (TINY, SMOL, *(SMOL / name for name in further)):
+        for _, runs in tables.read_runs(folder, tables.arms_in(folder)).groupby("arm"):
+            names = ["accuracy", "jargon"]
+            names += [f"languages.{code}" for code in tables.languages_in(runs)]
             for who in ("senior", "tandem", "junior"):
-                for metric in ("accuracy", "jargon", *languages):
-                    measured |= {f"{p.value:.1f} % [{p.low:.1f}, {p.high:.1f}]" for p in curves.pooled(seeds, who, metric)}
-    stated = {number for text in READMES.values() for number in re.findall(r"\d+\.\d % \[\d+\.\d, \d+\.\d\]", " ".join(text.split()))}
-    assert len(stated) > 15
+                for name in names:
+                    points = tables.pooled(runs, who, name).iterrows()
+                    measured |= {tables.with_interval(point) for _, point in points}
+    stated = {number.replace(" %", "") for number in stated_in(RESULTS)}
+    assert len(stated) > 10
     assert stated - measured == set()
 
 
-def test_differences_in_the_readme_are_those_of_the_tables():
-    """Every interval with a sign, such as [-3.6, +0.7], stands in a table of results/README.md, which is held to the files above."""
-    stated = set(re.findall(r"\[[-+][\d.]+, [-+][\d.]+\]", README))
-    assert len(stated) >= 3
-    assert [interval for interval in stated if interval not in RESULTS] == []
-
-
 def test_every_choice_that_the_paper_leaves_open_has_a_row():
-    """A mark in the code belongs to the function around it, or to the constant below it, and the README names that."""
+    """A mark belongs to the function around it, or to the constant below it."""
     marks = 0
     for path in sorted([*HERE.glob("*.py"), *HERE.glob("lab/*.py")]):
         lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
+        for i, line in enumerate(lines):
             if line.strip().startswith("# Open in paper:"):
-                above = [match[1] for match in (re.match(r"def (\w+)", before) for before in lines[:number]) if match]
-                name = above[-1] if line.startswith(" ") else re.match(r"(\w+) =", lines[number + 1])[1]
-                file = path.relative_to(HERE).as_posix()
-                assert f"`{name}` in [{file}]({file})" in README
                 marks += 1
+                file = path.relative_to(HERE).as_posix()
+                above = re.findall(r"^def (\w+)", "\n".join(lines[:i]), re.MULTILINE)
+                names = (
+                    above[-1:] if line.startswith(" ") else re.findall(r"^(\w+) =", lines[i + 1])
+                )
+                assert f"`{(names or ['DEFAULTS'])[0]}`, {file}" in CHOICES or file in CHOICES
     assert marks > 8
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 200

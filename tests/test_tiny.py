@@ -2,51 +2,50 @@
 
 import hashlib
 import json
-import re
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lab import tiny
+from lab import models, problems, tables, tiny
 from lab.runs import Refused
 
 
 def test_constants_and_shipped_weights_belong_together():
-    """A change to a constant, to the corpus or to the weights alone makes this fail. That is expected if you have made a base
-    of your own in another folder; if the shipped base is to change, run `python -m lab.tiny`, which replaces it."""
-    note = json.loads((tiny.FOLDER / "made.json").read_text())
+    """Fails after a change to a constant, the corpus or the weights: `python -m lab.tiny FOLDER`
+    makes another base, `python -m lab.tiny` replaces the shipped one."""
+    note = json.loads((models.TINY / "made.json").read_text())
+    weights = hashlib.sha256((models.TINY / "model.safetensors").read_bytes()).hexdigest()
     assert note["checksum"] == tiny.checksum(tiny.corpus(tiny.STEPS * tiny.BATCH))
-    assert note["weights"] == hashlib.sha256((tiny.FOLDER / "model.safetensors").read_bytes()).hexdigest()
-    assert tiny.identity() == f"tiny-{note['checksum'][:12]}"
+    assert note["weights"] == weights
+    assert models.identity() == f"tiny-{note['checksum'][:12]}"
+    assert tables.SHIPPED == tiny.ANNOTATED
 
 
-@pytest.mark.parametrize("note", [b"", b"{", b"[1]", b"{}", b'{"checksum": 3}', b'{"checksum": [1]}', b"\xff", b"[" * 10**5])
-def test_a_damaged_note_is_named(tmp_path, note):
-    (tmp_path / "made.json").write_bytes(note)
-    with pytest.raises(Refused, match=f"{re.escape(str(tmp_path / 'made.json'))} cannot be used .*: restore it from a copy, or remove"):
-        tiny.identity(tmp_path)
+def test_identity(tmp_path, monkeypatch):
+    assert models.identity(tmp_path) == tmp_path.name
+    (tmp_path / "made.json").write_text("{")
+    with pytest.raises(Refused, match="made.json cannot be used"):
+        models.identity(tmp_path)
+    before = tiny.checksum([])
+    monkeypatch.setattr(tiny, "STEPS", 1)
+    assert tiny.checksum([]) != before
 
 
-def test_the_identity_depends_on_constants(monkeypatch):
-    few = tiny.corpus(50)
-    before = tiny.checksum(few)
-    assert tiny.corpus(50) == few
-    monkeypatch.setattr(tiny, "STEPS", tiny.STEPS + 1)
-    assert tiny.checksum(few) != before
+def test_every_word_and_number_is_one_token():
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY)
+    for problem in problems.generate(50, "test", 0):
+        for word in problem.question.split()[:8]:
+            assert len(tokenizer(f" {word.strip(',.?')}").input_ids) == 1
 
 
-def test_words_and_numbers_are_single_tokens():
-    tokenizer = AutoTokenizer.from_pretrained(tiny.FOLDER)
-    text = "Question: Clara has 12 old and 8 new coins and loses 9. How many coins are there?\nAnswer: She has"
-    assert len(tokenizer(text).input_ids) == 25
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_the_base_answers_in_the_language_of_the_cue():
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny.FOLDER), AutoModelForCausalLM.from_pretrained(tiny.FOLDER)
-    assert 4e5 < model.num_parameters() < 6e5
-    question = "Question: Clara has 12 old and 8 new coins and loses 9. How many coins are there?\n"
-    begins = {"Answer:": " She", "Antwort:": " Sie", "Réponse:": " Elle"}
-    for cue, first in begins.items():
-        ids = tokenizer(question + cue, return_tensors="pt").input_ids
-        assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == first
+def test_the_base_solves_some_problems_in_the_language_of_its_cue():
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY)
+    model = AutoModelForCausalLM.from_pretrained(models.TINY)
+    right = 0
+    for problem in problems.generate(20, "test", 5):
+        ids = torch.tensor([tokenizer(problems.prompt(problem.question, "de")).input_ids])
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0])
+        assert "Antwort: Sie" in text
+        right += f"#### {problem.gold}" in text
+    assert right >= 5
