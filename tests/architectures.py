@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lab.engine import micro_batches
 from lab.experiments import DEFAULTS
-from lab.models import encode, make_pair, trainable_parameters
+from lab.models import encode, make_pair
 from reinforce import loss, plain_logprobs, token_weights
 from rollout import reference_rollout, random_numbers, rollout
 
@@ -83,21 +83,20 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     rollouts = rollout(pair, prompts, prompts, noise, coins)
     for row, prompt in enumerate(prompts):
         # Without cache and padding, one rollout at a time.
-        plain = reference_rollout(pair, prompt, prompt, noise[:, :, row], coins[:, row])
+        alone = reference_rollout(pair, prompt, prompt, noise[:, :, row], coins[:, row], 0.5, 0.7)
         real = rollouts.completion_mask[row].bool()
         authors = ["senior" if s else "junior" for s in rollouts.senior_mask[row][real]]
-        if list(zip(rollouts.completion_ids[row][real].tolist(), authors)) != plain:
+        if list(zip(rollouts.completion_ids[row][real].tolist(), authors)) != alone:
             return "WRONG: rollouts differ from plain forward passes"
     weights = token_weights(rollouts, torch.ones(3), 1.0)
     num_tokens = rollouts.completion_mask.sum()
     ((few, w),) = micro_batches(rollouts, weights, 10**6)
     fast = loss(pair.senior, few, w, num_tokens, temperature=0.7)[0]
     plain = -(weights * plain_logprobs(pair.senior, rollouts, 0.7)).sum() / num_tokens
-    own, gradients = trainable_parameters(pair.senior), []
-    for value in (fast, plain):
-        parts = torch.autograd.grad(value, own, allow_unused=True)
-        gradients.append(torch.cat([part.flatten() for part in parts if part is not None]))
-    difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    own = [p for p in pair.senior.parameters() if p.requires_grad]
+    parts = [torch.autograd.grad(value, own, materialize_grads=True) for value in (fast, plain)]
+    ours, exact = (torch.cat([part.flatten() for part in of_loss]) for of_loss in parts)
+    difference = (ours - exact).norm() / exact.norm()
     return "right" if difference < 1e-3 else f"WRONG: gradients differ by {difference:.1e}"
 
 

@@ -245,8 +245,8 @@ def main() -> None:
         place = Path(name)
         make_base(place / "base")
         outcomes = [*bad_flags(place), *bad_problems(place), *bad_bases(place), *bad_runs(place)]
-    print(f"{sum(outcomes)} of {len(outcomes)} cases are refused in under 10 seconds, in one line")
-    print("without a traceback, and nothing is lost")
+    count = f"{sum(outcomes)} of {len(outcomes)} cases"
+    print(f"{count} are refused in one line, in under 10 seconds, and nothing is lost")
     sys.exit(not all(outcomes))
 
 

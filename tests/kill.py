@@ -27,7 +27,7 @@ import time
 
 import torch
 from peft import PeftModel
-from torch.utils._pytree import tree_leaves
+from test_runner import everything
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import run_gsm8k
@@ -102,8 +102,6 @@ def run(command: list[str], target: str = "", count: int = 0, seconds: float = 0
         try:
             run_gsm8k.main(command)
             status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
         finally:
             os._exit(status)
     if seconds:
@@ -114,14 +112,8 @@ def run(command: list[str], target: str = "", count: int = 0, seconds: float = 0
 
 def result(out: Path) -> list:
     """Everything that must be equal, as a list of comparable things."""
-    folder = out / "tandem" / "seed-0"
-    rows = runs.read_rows(folder / "metrics.jsonl")
-    rows = [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
-    states = [torch.load(folder / "state.pt")]
-    states.append(torch.load(out / "specialist" / "en" / "seed-0" / "adapter.pt"))
-    leaves = [x.tolist() if isinstance(x, torch.Tensor) else x for x in tree_leaves(states)]
-    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    return [rows, runs.read_rows(folder / "samples.jsonl"), leaves, adapter]
+    files = ("tandem/seed-0/adapter/adapter_model.safetensors", "specialist/en/seed-0/adapter.pt")
+    return [*everything(out), *((out / file).read_bytes() for file in files)]
 
 
 def main(n: int) -> None:

@@ -1,7 +1,5 @@
 """The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
 
-import json
-import re
 import shutil
 from argparse import Namespace
 from contextlib import nullcontext
@@ -20,7 +18,7 @@ from lab import models
 from lab.experiments import DEFAULTS
 from lab.models import reset_adapter, token_bytes, trainable_parameters
 from lab.specialist import as_rollouts, encode_examples, fine_tune
-from reinforce import loss, plain_logprobs
+from reinforce import loss
 from rollout import random_numbers, rollout
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -41,13 +39,12 @@ def move_adapter(pair):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
 
 
-def gradient(pair, score=None):
-    """That of the loss, or of the log-probabilities that `score` computes, for two texts."""
+def gradient(pair):
+    """That of the loss for two texts."""
     few = as_rollouts([([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
-    weights, own = few.completion_mask.float(), trainable_parameters(pair.senior)
-    value = -(weights * score(pair.senior, few, 0.7)).sum() / 5 if score else None
-    value = loss(pair.senior, few, weights, weights.sum(), 0.7)[0] if value is None else value
-    return torch.cat([x.flatten() for x in torch.autograd.grad(value, own)])
+    value, _ = loss(pair.senior, few, few.completion_mask.float(), few.completion_mask.sum(), 0.7)
+    gradients = torch.autograd.grad(value, trainable_parameters(pair.senior))
+    return torch.cat([x.flatten() for x in gradients])
 
 
 @IN_BOTH
@@ -76,31 +73,16 @@ def test_one_pass_serves_both(base_folder, four_bit):
     move_adapter(pair)
     ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [20, 30, 40, 50], [4, 4, 9, 9]])
     with torch.no_grad():
-        both = pair.both(input_ids=ids).logits
-        senior, junior = (
-            pair.senior(input_ids=ids[:2]).logits,
-            pair.junior(input_ids=ids[2:]).logits,
-        )
-        assert torch.allclose(both, torch.cat([senior, junior]), atol=1e-4)
-        assert not torch.allclose(pair.senior(input_ids=ids[2:]).logits, junior, atol=1e-2)
+        both, senior = pair.both(input_ids=ids).logits, pair.senior(input_ids=ids).logits
+        apart = torch.cat([senior[:2], pair.junior(input_ids=ids[2:]).logits])
+    assert torch.allclose(both, apart, atol=1e-4)
+    assert not torch.allclose(both, senior, atol=1e-2)
     if not four_bit:
         pair.senior.double()
-        asked = [[5, 6], [7], [8, 9, 10]], [[6], [7, 8], [9, 9]]
-        texts = [
-            rollout(few, *asked, *random_numbers(3, 20, seed=1))
-            for few in (pair, replace(pair, both=None))
-        ]
-        assert torch.equal(texts[0].completion_ids, texts[1].completion_ids)
-        assert torch.equal(texts[0].senior_mask, texts[1].senior_mask)
-
-
-def test_experts_are_refused(base_folder):
-    """They give their layers a flat list of tokens, in which no half is the senior's."""
-    pair = load(base_folder)
-    layer = next(module for module in pair.senior.modules() if isinstance(module, LoraLayer))
-    pair.junior.adapted_fraction = 0.5
-    with pytest.raises(ValueError, match=r"shape \(6, 64\) are not supported"):
-        layer(torch.zeros(6, 64))
+        asked = [[5, 6], [7], [8, 9, 10]], [[6], [7, 8], [9, 9]], *random_numbers(3, 20, seed=1)
+        one, two = rollout(pair, *asked), rollout(replace(pair, both=None), *asked)
+        assert torch.equal(one.completion_ids, two.completion_ids)
+        assert torch.equal(one.senior_mask, two.senior_mask)
 
 
 @IN_BOTH
@@ -138,20 +120,17 @@ def test_gradients_in_four_bits(base_folder):
     for four_bit in (True, False):
         pair = load(base_folder, four_bit=four_bit)
         move_adapter(pair)
-        layers = [
-            layer.base_layer for layer in pair.senior.modules() if isinstance(layer, LoraLayer)
-        ]
+        layers = [layer for layer in pair.senior.modules() if isinstance(layer, LoraLayer)]
+        weights = [layer.base_layer.weight for layer in layers]
         if four_bit:
-            weights = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
-            dense = [dequantize_4bit(*weight).clone() for weight in weights]
+            dense = [dequantize_4bit(weight.data, weight.quant_state) for weight in weights]
         else:
-            for layer, weight in zip(layers, dense):
-                layer.weight.data = weight
+            for weight, values in zip(weights, dense):
+                weight.data = values
         with torch.no_grad():
             pair.both(input_ids=IDS.repeat(2, 1))
-        found += [gradient(pair), gradient(pair, plain_logprobs)]
-    for other in found[1:]:
-        assert torch.allclose(found[0], other, atol=1e-4)
+        found.append(gradient(pair))
+    assert torch.allclose(*found, atol=1e-4)
     assert found[0].norm() > 0.1
 
 
@@ -169,43 +148,14 @@ def test_two_checkpoints(base_folder, tokenizer, tmp_path):
     assert pair.end_ids == [tokenizer.eos_token_id]
 
 
-def test_pairs_that_cannot_share_a_text_are_refused(
-    base_folder, tokenizer, sentencepiece, tmp_path
-):
-    width = len(tokenizer)
-    for other, size, message in (
-        (sentencepiece, len(sentencepiece), rf"{base_folder} and .* have {width} and \d+ tokens"),
-        (tokenizer, width + 3, f"has {width}, .* {width + 3}"),
-    ):
+def test_two_vocabularies_are_refused(base_folder, tokenizer, sentencepiece, tmp_path):
+    width, size = len(tokenizer), len(sentencepiece)
+    other = (sentencepiece, size, f"{base_folder} and .* have {width} and {size} tokens")
+    for other, size, message in (other, (tokenizer, width + 3, f"has {width}, .* {width + 3}")):
         other.save_pretrained(tmp_path)
         llama(size, seed=0).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
             load(base_folder, tmp_path)
-
-
-def with_json(folder, base_folder, file, changes):
-    """A copy of the base in which one file of JSON has changed. None removes a key."""
-    shutil.copytree(base_folder, folder)
-    content = json.loads((folder / file).read_text()) | changes
-    content = {key: value for key, value in content.items() if value is not None}
-    (folder / file).write_text(json.dumps(content))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("config.json", {"num_hidden_layers": 3}, r"lacks weights such as model.layers.2.*again"),
-        ("config.json", {"num_hidden_layers": 0}, "cannot be given an adapter"),
-        ("config.json", {"hidden_size": "wide"}, "Name a local folder"),
-        ("config.json", {"model_type": "vit"}, "Name a local folder"),
-        ("tokenizer_config.json", {"eos_token": None}, "has no end token: set its eos_token"),
-    ],
-)
-def test_checkpoints_of_no_usable_model_are_refused(base_folder, tmp_path, file, changes, message):
-    folder = with_json(tmp_path / "base", base_folder, file, changes)
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{message}"):
-        load(folder)
 
 
 def test_capped_logits_are_refused(tmp_path, tokenizer):
@@ -249,23 +199,15 @@ def test_most_adapters_must_agree(base_folder, monkeypatch, bfloat16, distances,
         load(base_folder, bfloat16=bfloat16)
 
 
-def test_the_comparison_is_the_same_every_time(base_folder):
-    pair, found = load(base_folder), []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        found.append(models.compare_with_plain_passes(pair, seed=0))
-    assert found[0] == found[1]
-    assert all(distance < 1e-3 for distance in found[0].values())
-
-
 def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
     """<|eot_id|> of Llama 3 is special without being listed; a generation config names others."""
     copy = deepcopy(tokenizer)
     copy.add_tokens([AddedToken("<|eot_id|>", special=True)])
     assert token_bytes(copy, len(copy))[copy.convert_tokens_to_ids("<|eot_id|>")] == b""
     assert token_bytes(copy, len(copy))[5] != b""
-    changes = {"eos_token_id": [1, 5]}
-    pair = load(with_json(tmp_path / "base", base_folder, "generation_config.json", changes))
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    pair = load(folder)
     assert pair.end_ids == [1, 5]
     assert pair.pieces[5] == b""
 
