@@ -3,9 +3,8 @@
     python tests/bad_input.py
 
 Every case must be refused in seconds, with a message and without a traceback, and nothing that was
-there may be lost. One line per case: seconds, exit code, whether there was a traceback, whether a
-file has changed, and the last line of the message. The program is called in this process, so that
-torch is imported once. pytest does not collect this file.
+there may be lost. One line per case: seconds, whether a file has changed, and the end of the message.
+The program is called in this process, so that torch is imported once. pytest does not collect it.
 """
 
 # ruff: noqa: I001, E402  kill.py sets the environment before torch is imported
@@ -17,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from kill import command_for, make_base
@@ -97,6 +96,7 @@ CONFIGS = {
     "another kind of model": {"model_type": "vit"},
     "code beside it": {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "code.Model"}},
 }
+TOKENIZERS = {"no end token": {"eos_token": None}}
 # Lines that are JSON and no rows that could be drawn.
 ROWS = {
     "a list": b"[1]",
@@ -126,111 +126,99 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LIMIT)
     run_gsm8k._pair.clear()  # the models of the last case
-    broken, code, in_one_line = False, 0, True
+    code, lines = 0, 1
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(message):
         try:
             program(argument)
         except SystemExit as stop:
-            code = 1 if isinstance(stop.code, str) else stop.code
-            in_one_line = "\n" not in str(stop.code)
-            print(stop.code if code == 1 else "", file=message)
-        except BaseException:
-            broken, code = True, 1
-            traceback.print_exc()
+            code, lines = stop.code, len(str(stop.code).splitlines())
+        except BaseException as error:
+            code, lines = f"TRACEBACK {type(error).__name__}: {error}", 2
     signal.alarm(0)
     seconds, after = time.time() - started, contents(kept)
     lost = any(after.get(path) != content for path, content in before.items())
-    last = (message.getvalue().strip().splitlines() or [""])[-1]
-    last = last.encode("utf-8", "backslashreplace").decode()
-    verdict = f"{'yes' if broken else 'no'} | {'LOST' if lost else 'kept'} | {last[-230:]}"
-    print(f"| {name!r:62.62} | {seconds:4.1f} | {code} | {verdict} |", flush=True)
-    return bool(code and last and in_one_line and not broken and not lost and seconds < 10)
+    # argparse prints its message and exits with 2; all others exit with their message.
+    last = code if isinstance(code, str) else (message.getvalue().strip().splitlines() or [""])[-1]
+    last = last.encode("utf-8", "backslashreplace").decode()[-230:]
+    print(
+        f"| {name!r:62.62} | {seconds:4.1f} | {'LOST' if lost else 'kept'} | {last} |", flush=True
+    )
+    return code not in (0, None) and lines == 1 and not lost and seconds < 10
 
 
-def bad_flags(place: Path) -> list[bool]:
-    command, cases = short_command(place / "base", place / "runs"), FLAGS.replace("\n", " | ")
-    cases = [case.replace("\\n", "\n") for case in cases.split(" | ")]
-    return [attempt(flags, [*command, *flags.split(" ")], place / "base") for flags in cases]
+def bad_flags(place: Path) -> Iterator[tuple]:
+    for flags in FLAGS.replace("\n", " | ").split(" | "):
+        given = flags.replace("\\n", "\n").split(" ")
+        yield flags, [*short_command(place / "base", place / "runs"), *given], place / "base"
 
 
-def bad_problems(place: Path) -> list[bool]:
+def bad_problems(place: Path) -> Iterator[tuple]:
     command, folder = short_command(place / "base", place / "runs"), place / "problems"
     command += ["--problems", str(folder), "--eval-problems", "1"]
     other = LINE.replace(b"1+1?", b"one and one?")
     cases = {case: (LINE + b"\n" + line + b"\n", other) for case, line in PROBLEMS.items()}
     cases |= {"train equal to test": (LINE, LINE), "no test": (LINE, b""), "no train": (b"", LINE)}
-    outcomes = []
     folder.mkdir()
     for case, (train, test) in cases.items():
         (folder / "train.jsonl").write_bytes(train)
         (folder / "test.jsonl").write_bytes(test)
-        outcomes.append(attempt(f"problems: {case}", command, folder))
-    return outcomes
+        yield f"problems: {case}", command, folder
 
 
-def bad_bases(place: Path) -> list[bool]:
+def bad_bases(place: Path) -> Iterator[tuple]:
     """A base with one damaged file, a chat template that fails, or a config of no usable model."""
-    whole = place / "whole"
+    whole, damaged = place / "whole", place / "damaged"
     shutil.copytree(place / "base", whole)
     (whole / "made.json").write_text(json.dumps({"checksum": "0" * 64}))
-    config, outcomes = json.loads((whole / "config.json").read_text()), []
-    cases = {
-        f"{path.name}: {kind}": (path.name, change(path.read_bytes()))
-        for path in sorted(whole.iterdir())
+    files = {path.name: path.read_bytes() for path in sorted(whole.iterdir())}
+    cases = [
+        (name, kind, change(content))
+        for name, content in files.items()
         for kind, change in DAMAGE.items()
-    }
-    cases |= {f"template {kind}": ("chat_template.jinja", text) for kind, text in TEMPLATES.items()}
-    for kind, new in CONFIGS.items():
-        cases[f"config.json: {kind}"] = "config.json", json.dumps(config | new).encode()
-    for case, (file, content) in cases.items():
+    ]
+    cases += [("chat_template.jinja", kind, text) for kind, text in TEMPLATES.items()]
+    for name, changes in (("config.json", CONFIGS), ("tokenizer_config.json", TOKENIZERS)):
+        for kind, new in changes.items():
+            cases.append((name, kind, json.dumps(json.loads(files[name]) | new).encode()))
+    for name, kind, content in cases:
         # Without the runs of a case that was accepted, which would be why the next is refused.
-        for old in ("damaged", "runs"):
-            shutil.rmtree(place / old, ignore_errors=True)
-        shutil.copytree(whole, place / "damaged")
-        (place / "damaged" / file).write_bytes(content)
-        command = short_command(place / "damaged", place / "runs")
-        outcomes.append(attempt(f"base, {case}", command, place / "damaged"))
-    return outcomes
+        shutil.rmtree(place / "runs", ignore_errors=True)
+        fresh(whole, damaged)
+        (damaged / name).write_bytes(content)
+        yield f"base, {name}: {kind}", short_command(damaged, place / "runs"), damaged
 
 
-def bad_runs(place: Path) -> list[bool]:
+def bad_runs(place: Path) -> Iterator[tuple]:
     """A finished run with one damaged file, which is then to go on or to be drawn."""
-    finished, copy = place / "finished", place / "copy"
+    finished, copy, run = place / "finished", place / "copy", "tandem/seed-0"
     command = short_command(place / "base", finished)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         run_gsm8k.main(command)
     resume = [*command, "--out", str(copy), "--updates", "2", "--resume"]
-    run, outcomes = "tandem/seed-0", []
-
-    def damaged(file: str, kinds: dict, argument, program=run_gsm8k.main) -> None:
-        for kind, change in kinds.items():
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(finished, copy)
-            (copy / file).write_bytes(change((copy / file).read_bytes()))
-            name = f"{program.__name__}, {file}: {kind}"
-            outcomes.append(attempt(name, argument, copy, program))
-
     rows = {kind: lambda whole, row=row: row for kind, row in ROWS.items()}
-    for file in (f"{run}/state.pt", f"{run}/config.json", "specialist/en/seed-0/adapter.pt"):
-        damaged(file, DAMAGE, resume)
     no_rows = {kind: DAMAGE[kind] for kind in ("empty", "bytes", "list", "nested")}
-    damaged(f"{run}/metrics.jsonl", no_rows | rows, resume)
-    for file, kinds in {
-        "config.json": DAMAGE,
-        "metrics.jsonl": rows,
-        "samples.jsonl": rows,
-    }.items():
-        damaged(f"{run}/{file}", kinds, str(copy), draw)
-
-    shutil.rmtree(copy)
-    shutil.copytree(finished, copy)
-    outcomes.append(attempt("a run that is there, without --resume", resume[:-1], copy))
-    outcomes.append(attempt("--resume with another --lr", [*resume, "--lr", "0.5"], copy))
+    to_resume = {f"{run}/state.pt": DAMAGE, f"{run}/config.json": DAMAGE}
+    to_resume |= {"specialist/en/seed-0/adapter.pt": DAMAGE, f"{run}/metrics.jsonl": no_rows | rows}
+    to_draw = {"config.json": DAMAGE, "metrics.jsonl": rows, "samples.jsonl": rows}
+    to_draw = {f"{run}/{file}": kinds for file, kinds in to_draw.items()}
+    for files, argument, program in ((to_resume, resume, run_gsm8k.main), (to_draw, copy, draw)):
+        for file, kinds in files.items():
+            for kind, change in kinds.items():
+                fresh(finished, copy)
+                (copy / file).write_bytes(change((copy / file).read_bytes()))
+                yield f"{program.__name__}, {file}: {kind}", argument, copy, program
+    fresh(finished, copy)
+    yield "a run that is there, without --resume", resume[:-1], copy
+    yield "--resume with another --lr", [*resume, "--lr", "0.5"], copy
     with FileLock(copy / run / ".lock"):
-        outcomes.append(attempt("a second process", resume, copy))
+        yield "a second process", resume, copy
     (copy / run / "state.pt").unlink()
-    outcomes.append(attempt("rows without a state, as in a clone", resume, copy))
-    return outcomes
+    yield "rows without a state, as in a clone", resume, copy
+
+
+def fresh(folder: Path, copy: Path) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
 
 
 def short_command(base: Path, out: Path) -> list[str]:
@@ -239,12 +227,11 @@ def short_command(base: Path, out: Path) -> list[str]:
 
 
 def main() -> None:
-    print("| case | seconds | exit code | traceback | files | end of the message |")
-    print("|---|---|---|---|---|---|")
+    print("| case | seconds | files | end of the message |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        make_base(place / "base")
-        outcomes = [*bad_flags(place), *bad_problems(place), *bad_bases(place), *bad_runs(place)]
+        make_base(Path(name, "base"))
+        kinds = bad_flags, bad_problems, bad_bases, bad_runs
+        outcomes = [attempt(*case) for of_kind in kinds for case in of_kind(Path(name))]
     count = f"{sum(outcomes)} of {len(outcomes)} cases"
     print(f"{count} are refused in one line, in under 10 seconds, and nothing is lost")
     sys.exit(not all(outcomes))

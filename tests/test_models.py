@@ -150,8 +150,9 @@ def test_two_checkpoints(base_folder, tokenizer, tmp_path):
 
 def test_two_vocabularies_are_refused(base_folder, tokenizer, sentencepiece, tmp_path):
     width, size = len(tokenizer), len(sentencepiece)
-    other = (sentencepiece, size, f"{base_folder} and .* have {width} and {size} tokens")
-    for other, size, message in (other, (tokenizer, width + 3, f"has {width}, .* {width + 3}")):
+    unlike = (sentencepiece, size, f"{base_folder} and .* have {width} and {size} tokens")
+    wider = (tokenizer, width + 3, f"has {width}, .* {width + 3}")
+    for other, size, message in (unlike, wider):
         other.save_pretrained(tmp_path)
         llama(size, seed=0).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
