@@ -20,7 +20,7 @@ from functools import partial
 from inspect import signature
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
@@ -137,16 +137,19 @@ class CachedModel:
 
 
 def in_chunks(write: Callable, count: int, max_rows: int):
-    """join(write(rows) for slices of at most max_rows of `count`). Lowers max_rows if memory ends.
+    """join(write(rows) for slices of at most max_rows of `count`). Halves max_rows if memory ends.
 
     The size of the chunks changes results by rounding only.
     """
-
-    @find_executable_batch_size(starting_batch_size=min(max_rows, count))
-    def write_all(size: int):
-        return join([write(slice(i, i + size)) for i in range(0, count, size)])
-
-    return write_all()
+    size = min(max_rows, count)
+    while True:
+        try:
+            return join([write(slice(i, i + size)) for i in range(0, count, size)])
+        except RuntimeError as error:
+            # (accelerate's find_executable_batch_size would collect garbage at every call.)
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            size = (size + 1) // 2
 
 
 def common_prefix(prompts: list[list[int]]) -> int:

@@ -250,9 +250,8 @@ def load_adapter(senior, adapter: dict, path: Path) -> None:
 
 def describe_machine(device: str) -> dict:
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    on_gpu = device.startswith("cuda")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    about = {"device": torch.cuda.get_device_name() if on_gpu else on_cpu}
+    about = {"device": torch.cuda.get_device_name() if device.startswith("cuda") else on_cpu}
     return about | {"python": platform.python_version(), "versions": versions, "commit": COMMIT}
 
 
@@ -340,7 +339,9 @@ def run_all(train: Callable[[Namespace], None], todo: list[Namespace]) -> list[s
         if jobs > 1:
             # Spawned: a fork of a process whose OpenMP threads have started can wait forever.
             context = multiprocessing.get_context("spawn")
-            workers = stack.enter_context(ProcessPoolExecutor(jobs, context, _start_worker))
+            workers = ProcessPoolExecutor(jobs, context, _start_worker)
+            # After an error in one run, those that have not begun are not made.
+            stack.callback(workers.shutdown, cancel_futures=True)
             futures = [workers.submit(train, args) for args in left]
             ends: Iterable = (future.result() for future in as_completed(futures))
         else:
@@ -359,6 +360,8 @@ def run_all(train: Callable[[Namespace], None], todo: list[Namespace]) -> list[s
 def _start_worker() -> None:
     """A run may be interrupted at any moment: Ctrl-C, or the end of the parent, ends it at once."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # The default lock of tqdm is a semaphore, which a process that ends at once would leak.
+    tqdm.set_lock(threading.RLock())
 
     def end_with_parent() -> None:
         wait([multiprocessing.parent_process().sentinel])

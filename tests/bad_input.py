@@ -3,8 +3,8 @@
     python tests/bad_input.py
 
 Every case must be refused in seconds, with a message and without a traceback, and nothing that was
-there may be lost. One line per case: seconds, whether a file has changed, and the end of the message.
-The program is called in this process, so that torch is imported once. pytest does not collect it.
+there may be lost. One line per case: seconds, whether a file has changed, and the message. The
+program is called in this process, so that torch is imported once. pytest does not collect it.
 """
 
 # ruff: noqa: I001, E402  kill.py sets the environment before torch is imported
@@ -50,28 +50,13 @@ FLAGS = """--device gpu | --device cuda:99 | --device meta | --device= | --devic
 --four-bit=1 | --unknown 3 | stray"""
 
 LINE = json.dumps({"question": "What is 1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}).encode()
-PROBLEMS = {
-    "gold that is no number": b'{"question": "Q", "answer": "#### many"}',
-    "gold that is empty": b'{"question": "Q", "answer": "text ####"}',
-    "no mark": b'{"question": "Q", "answer": "2"}',
-    "question that is empty": b'{"question": "", "answer": "#### 2"}',
-    "question of spaces": b'{"question": " \\n", "answer": "#### 2"}',
-    "question that is a number": b'{"question": 3, "answer": "#### 2"}',
-    "question that is a list": b'{"question": ["Q"], "answer": "#### 2"}',
-    "question that is null": b'{"question": null, "answer": "#### 2"}',
-    "answer that is a number": b'{"question": "Q", "answer": 2}',
-    "no answer": b'{"question": "Q"}',
-    "no JSON": b"What is 1+1? 2",
-    "a list": b"[1, 2]",
-    "half a line": LINE[:30],
-    "Latin-1": "Wie groß?".encode("latin-1"),
-    "UTF-16": LINE.decode().encode("utf-16"),
-    "byte-order mark": b"\xef\xbb\xbf" + LINE,
-    "lone surrogate": b'{"question": "\\ud800", "answer": "#### 2"}',
-    "deep nesting": b"[" * 10**6,
-    "NUL bytes": b"\0" * 100,
-    "long integer": b'{"question": ' + b"9" * 5000 + b', "answer": "#### 2"}',
-}
+PROBLEMS = r"""{"question": "Q", "answer": "#### many"} | {"question": "Q", "answer": "text ####"}
+{"question": "Q", "answer": "2"} | {"question": "", "answer": "#### 2"} | {"question": "Q"} | [1, 2]
+{"question": " \n", "answer": "#### 2"} | {"question": 3, "answer": "#### 2"} | What is 1+1? 2
+{"question": ["Q"], "answer": "#### 2"} | {"question": null, "answer": "#### 2"} | {"question": "Q
+{"question": "Q", "answer": 2} | {"question": "\ud800", "answer": "#### 2"}"""
+NO_TEXT = ["Wie groß?".encode("latin-1"), LINE.decode().encode("utf-16"), b"\xef\xbb\xbf" + LINE]
+NO_TEXT += [b"[" * 10**6, b"\0" * 100, b'{"question": ' + b"9" * 5000 + b', "answer": "#### 2"}']
 DAMAGE = {
     "empty": lambda whole: b"",
     "half": lambda whole: whole[: len(whole) // 2],
@@ -83,20 +68,11 @@ DAMAGE = {
 TEMPLATES = {"raises": b"{{ raise_exception('no') }}", "is wrong": b"{% for", "is empty": b" "}
 TEMPLATES |= {"has no question": b"Hi", "divides by zero": b"{{ 1 / 0 }}"}
 # Configurations that transformers accepts or fails on in its own way.
-CONFIGS = {
-    "three layers": {"num_hidden_layers": 3},
-    "no layers": {"num_hidden_layers": 0},
-    "another width": {"hidden_size": 16},
-    "a width that is text": {"hidden_size": "wide"},
-    "a negative width": {"hidden_size": -8},
-    "a vocabulary of two": {"vocab_size": 2},
-    "no vocabulary": {"vocab_size": None},
-    "a context of 16": {"max_position_embeddings": 16},
-    "a context that is text": {"max_position_embeddings": "long"},
-    "another kind of model": {"model_type": "vit"},
-    "code beside it": {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "code.Model"}},
-}
-TOKENIZERS = {"no end token": {"eos_token": None}}
+CONFIGS = [{"num_hidden_layers": 3}, {"num_hidden_layers": 0}, {"hidden_size": 16}]
+CONFIGS += [{"hidden_size": "wide"}, {"hidden_size": -8}, {"vocab_size": 2}, {"vocab_size": None}]
+CONFIGS += [{"max_position_embeddings": 16}, {"max_position_embeddings": "long"}]
+CONFIGS += [{"model_type": "vit"}]
+CONFIGS += [{"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "code.Model"}}]
 # Lines that are JSON and no rows that could be drawn.
 ROWS = {
     "a list": b"[1]",
@@ -147,7 +123,7 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
 
 
 def bad_flags(place: Path) -> Iterator[tuple]:
-    for flags in FLAGS.replace("\n", " | ").split(" | "):
+    for flags in split(FLAGS):
         given = flags.replace("\\n", "\n").split(" ")
         yield flags, [*short_command(place / "base", place / "runs"), *given], place / "base"
 
@@ -156,13 +132,13 @@ def bad_problems(place: Path) -> Iterator[tuple]:
     command, folder = short_command(place / "base", place / "runs"), place / "problems"
     command += ["--problems", str(folder), "--eval-problems", "1"]
     other = LINE.replace(b"1+1?", b"one and one?")
-    cases = {case: (LINE + b"\n" + line + b"\n", other) for case, line in PROBLEMS.items()}
-    cases |= {"train equal to test": (LINE, LINE), "no test": (LINE, b""), "no train": (b"", LINE)}
+    lines = [line.encode() for line in split(PROBLEMS)] + NO_TEXT
+    cases = [(LINE + b"\n" + line + b"\n", other) for line in lines]
     folder.mkdir()
-    for case, (train, test) in cases.items():
+    for train, test in [*cases, (LINE, LINE), (LINE, b""), (b"", LINE)]:
         (folder / "train.jsonl").write_bytes(train)
         (folder / "test.jsonl").write_bytes(test)
-        yield f"problems: {case}", command, folder
+        yield f"problems: {train[len(LINE) + 1 :][:50]}", command, folder
 
 
 def bad_bases(place: Path) -> Iterator[tuple]:
@@ -177,9 +153,9 @@ def bad_bases(place: Path) -> Iterator[tuple]:
         for kind, change in DAMAGE.items()
     ]
     cases += [("chat_template.jinja", kind, text) for kind, text in TEMPLATES.items()]
-    for name, changes in (("config.json", CONFIGS), ("tokenizer_config.json", TOKENIZERS)):
-        for kind, new in changes.items():
-            cases.append((name, kind, json.dumps(json.loads(files[name]) | new).encode()))
+    changes = [("config.json", new) for new in CONFIGS]
+    for name, new in [*changes, ("tokenizer_config.json", {"eos_token": None})]:
+        cases.append((name, new, json.dumps(json.loads(files[name]) | new).encode()))
     for name, kind, content in cases:
         # Without the runs of a case that was accepted, which would be why the next is refused.
         shutil.rmtree(place / "runs", ignore_errors=True)
@@ -214,6 +190,10 @@ def bad_runs(place: Path) -> Iterator[tuple]:
         yield "a second process", resume, copy
     (copy / run / "state.pt").unlink()
     yield "rows without a state, as in a clone", resume, copy
+
+
+def split(cases: str) -> list[str]:
+    return cases.replace("\n", " | ").split(" | ")
 
 
 def fresh(folder: Path, copy: Path) -> None:

@@ -4,12 +4,11 @@ Kills at random moments are in tests/kill.py, two hundred bad command lines and 
 tests/bad_input.py.
 """
 
-import json
 import os
 import shutil
 
 import pytest
-from test_runner import command, everything, metrics, rows  # noqa: F401  a fixture
+from test_runner import command, everything, metrics  # noqa: F401  a fixture
 
 import run_gsm8k
 from lab import experiments, runs, specialist
@@ -49,26 +48,22 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
-def interrupt(*args, **options):
-    raise KeyboardInterrupt
-
-
 # ------------------------------------------------------------------------------------------------
 # A resumed run is the same run
 
 
 def with_baseline(patch):
     """A loop that fills `kept`: its weights are rewards less a running mean."""
-    real_begin, real_weights, now = runs.begin, run_gsm8k.outcome_weights, {}
+    real, now = runs.begin, []
 
     def begin(*args):
-        update, now["kept"] = real_begin(*args)
-        return update, now["kept"]
+        now[:] = real(*args)
+        return now
 
     def weights(rewards, wrong_weight):
-        mean = now["kept"].get("baseline", 0.0)
-        now["kept"]["baseline"] = 0.9 * mean + 0.1 * rewards.mean().item()
-        return real_weights(rewards, wrong_weight) - mean
+        mean = now[1].get("baseline", 0.0)
+        now[1]["baseline"] = 0.9 * mean + 0.1 * rewards.mean().item()
+        return rewards - mean
 
     patch.setattr(runs, "begin", begin)
     patch.setattr(run_gsm8k, "outcome_weights", weights)
@@ -109,7 +104,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     main([*other, "--resume"])
     # Any reader of JSON lines can read the file, but for the line that was torn.
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [line for line in lines if not line.endswith("}")] == ['{"update": 2, "rew']
+    assert [line for line in lines if line[-1:] != "}"] == ['{"update": 2, "rew']
     assert everything(tmp_path / "other", arm) == everything(tmp_path / "runs", arm)
     assert metrics(tmp_path / "runs", arm)[1]["loss"] is not None
     before = contents(folder)
@@ -117,7 +112,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("moment", ["draft.pt", "adapter.pt", "config.json", "adapter", "state.pt"])
+@pytest.mark.parametrize("moment", ["draft.pt", "adapter.pt", "config.json", "state.pt"])
 def test_a_run_that_is_interrupted_in_its_first_save_is_resumed(
     finished,
     command,
@@ -139,8 +134,6 @@ def test_a_run_that_is_interrupted_in_its_first_save_is_resumed(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        if moment == "adapter":
-            patch.setattr("peft.PeftModel.save_pretrained", interrupt)
         with pytest.raises(SystemExit, match="130"):
             main(flags)
     main([*flags, "--resume"])
@@ -159,9 +152,8 @@ def test_a_run_goes_on_with_its_own_flags_and_base(copy):
         main(command[:-1])
     with pytest.raises(SystemExit, match="was begun with lr = 0.001: resume it with the same"):
         main([*command, "--lr", "0.5"])
-    config = json.loads((folder / "config.json").read_text())
-    config["flags"]["base"] = "tiny-0123"
-    (folder / "config.json").write_text(json.dumps(config))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"base": "', '"base": "tiny-0123'))
     with pytest.raises(SystemExit, match="was begun with base = tiny-0123.*another --out"):
         main(command)
 
@@ -180,18 +172,16 @@ def test_a_second_process_is_refused(copy, monkeypatch):
     assert len(held) == 1
 
 
-@pytest.mark.parametrize("updates", [[0, 2], [1, 2], []])
+@pytest.mark.parametrize("updates", [[0, 2], []])
 def test_lost_rows_are_not_resumed(copy, updates):
     """state.pt is that of update 2, so rows 0, 1 and 2 must be there. Each may be there twice."""
-    command, folder = copy  # noqa: F811
-    path = folder / "metrics.jsonl"
-    whole = path.read_bytes()
-    kept = [json.dumps(row) + "\n" for row in rows(path) if row["update"] in updates]
-    path.write_text("".join(kept * 2))
+    path = copy[1] / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[i] for i in updates * 2))
     with pytest.raises(SystemExit, match="metrics.jsonl cannot be used .it lacks.*updates 0 to 2"):
-        main(command)
-    path.write_bytes(whole * 2)
-    main(command)
+        main(copy[0])
+    path.write_text("".join(whole * 2))
+    main(copy[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,6 +229,3 @@ def test_a_specialist_that_is_not_finite_is_not_saved(command, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="adapter.pt: its numbers are not finite: start again"):
         main(command)
     assert not list((tmp_path / "runs").rglob("adapter.pt*"))
-
-
-GOOD = json.dumps({"question": "What is 1+1?", "answer": "#### 2"}).encode()

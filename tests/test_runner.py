@@ -3,8 +3,7 @@
 import gc
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import signal
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -35,23 +34,15 @@ def command(base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run_gsm8k, "_pair", PAIR)
     monkeypatch.setattr(run_gsm8k.figures, "draw_all", lambda *_: None)
     sizes = "--device cpu --jobs 1 --updates 2 --batch 8 --eval-problems 4 --eval-every 2"
-    sizes += (
-        f" --max-new-tokens 8 --specialist-steps 2 --specialist-batch 4 --out {tmp_path / 'runs'}"
-    )
-    return f"--setting skill --senior {base_folder} --junior {base_folder} {sizes}".split()
-
-
-def rows(path):
-    """Every row of a file, as it was written."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def without_times(all_rows):
-    return [{key: row[key] for key in row if not key.startswith("seconds")} for row in all_rows]
+    sizes += " --max-new-tokens 8 --specialist-steps 2 --specialist-batch 4"
+    sizes += f" --senior {base_folder} --junior {base_folder} --out {tmp_path}/runs"
+    return f"--setting skill {sizes}".split()
 
 
 def metrics(out, arm="tandem"):
-    return without_times(runs.read_rows(Path(out, arm, "seed-0", "metrics.jsonl")))
+    """The rows of a run but for their times."""
+    rows = runs.read_rows(Path(out, arm, "seed-0", "metrics.jsonl"))
+    return [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
 
 
 def everything(out, arm="tandem"):
@@ -80,10 +71,9 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, mon
     for arm in ("tandem", "solo"):
         folder = tmp_path / "runs" / arm / "seed-0"
         config = json.loads((folder / "config.json").read_text())
-        assert config["flags"]["batch"] == 8
-        assert config["flags"]["base"] == Path(base_folder).name
+        assert (config["flags"]["batch"], config["flags"]["base"]) == (8, Path(base_folder).name)
         assert config["versions"]["torch"] == version("torch")
-        start, first, second = rows(folder / "metrics.jsonl")
+        start, first, second = runs.read_rows(folder / "metrics.jsonl")
         assert set(start) == {"update", "eval", "seconds_eval"}
         assert set(start["eval"]) == {"senior", "tandem", "junior"}
         assert set(first) == training
@@ -91,9 +81,9 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, mon
         assert set(second["eval"]["senior"]) == evaluation
         assert set(second["eval"]["tandem"]) == evaluation | changes
         outcomes = second["eval"]["senior"]["outcomes"]
-        assert [len(outcomes[name]) for name in ("accuracy", "jargon", "language")] == [4, 4, 4]
+        assert {len(of_problems) for of_problems in outcomes.values()} == {4}
         assert (first["senior_share"] == 1.0) == (arm == "solo")
-        samples = rows(folder / "samples.jsonl")
+        samples = runs.read_rows(folder / "samples.jsonl")
         assert {sample["who"] for sample in samples} == {"senior", "tandem", "junior"}
         for sample in samples:
             assert ("steps" in sample) == (sample["who"] == "tandem")
@@ -105,8 +95,8 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, mon
         saved = dict(PeftModel.from_pretrained(base, folder / "adapter").named_parameters())
         for name, tensor in torch.load(folder / "state.pt")["adapter"].items():
             assert torch.equal(saved[name.replace(".weight", ".default.weight")], tensor)
-    assert (tmp_path / "runs" / "figures" / "rollouts.html").is_file()
-    assert list((tmp_path / "runs" / "figures").glob("skill*.png"))
+    drawn = {path.suffix for path in (tmp_path / "runs" / "figures").iterdir()}
+    assert drawn >= {".png", ".pdf", ".html"}
 
 
 def test_all_arms_of_all_settings(command, tmp_path, monkeypatch, capsys):
@@ -160,7 +150,7 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
     """When the gradient is clipped, it is that of plain_logprobs, in all micro-batches together."""
     for name, value in (changes | {"micro_tokens": 100}).items():
         monkeypatch.setitem(experiments.DEFAULTS, name, value)
-    values = cycle([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    values = cycle([1.0] + [0.0] * 7)  # a group of 4 has nothing to learn from
     monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
     batches, compared = [], []
     real_weights, real_clip = run_gsm8k.token_weights, torch.nn.utils.clip_grad_norm_
@@ -191,7 +181,7 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
     if changes == GRPO:
         weights = batches[0][1]
         assert (weights[batches[0][0].senior_mask == 0] == 0).all()
-        assert {round(x, 2) for x in weights.flatten().tolist()} == {-0.87, -0.5, 0.0, 0.87, 1.5}
+        assert {round(x, 2) for x in weights.flatten().tolist()} == {-0.5, 0.0, 1.5}
 
 
 def test_a_diverged_run_is_kept_and_the_next_is_as_if_alone(command, tmp_path, monkeypatch):
@@ -223,16 +213,17 @@ def test_a_diverged_run_is_kept_and_the_next_is_as_if_alone(command, tmp_path, m
 def test_tokens_pushed_away_without_bound_stop_the_run(flag):
     """V = 100: chance is log 100 = 4.6 nats per token. Only tokens with negative weights count,
     whether c or an advantage made them negative."""
-    args, weights = runs_of(flag)[0], torch.tensor([[-0.5, -0.5, 1.0]])
-    for worst, diverges in ((-4.5, False), (-4.7, True)):
+
+    def check(logprob):
         row = {"update": 3, "loss": 0.1, "grad_norm": 0.1, "senior_share": 0.5}
-        runs.note_pushed_away(row, weights, torch.tensor([[worst, worst, -99.0]]))
-        if diverges:
-            with pytest.raises(runs.Diverged, match=r"update 3: tokens .* bound \(-4.7 nats"):
-                runs.check_row(row, args, {}, 100)
-        else:
-            runs.check_row(row, args, {}, 100)
-            assert "pushed" not in row
+        logprobs = torch.tensor([[logprob, logprob, -99.0]])
+        runs.note_pushed_away(row, torch.tensor([[-0.5, -0.5, 1.0]]), logprobs)
+        runs.check_row(row, runs_of(flag)[0], {}, 100)
+        return row.keys()
+
+    assert "pushed" not in check(-4.5)
+    with pytest.raises(runs.Diverged, match=r"update 3: tokens .* bound \(-4.7 nats"):
+        check(-4.7)
 
 
 def test_a_tandem_run_without_a_junior_stops(command, tmp_path, monkeypatch):
@@ -268,15 +259,9 @@ def test_rollouts_do_not_depend_on_the_memory(command, tmp_path, monkeypatch):
     run_gsm8k.main(command)
     assert {8, 4} <= set(sizes)
     whole, halves = metrics(tmp_path / "all"), metrics(tmp_path / "runs")
-    for one, other in zip(whole, halves, strict=True):
-        assert (one.get("grad_norm") or 0.0) == pytest.approx(
-            other.get("grad_norm") or 0.0, rel=1e-4
-        )
-        assert one.get("eval") == other.get("eval")
-    found = [
-        rows(tmp_path / out / "tandem" / "seed-0" / "samples.jsonl") for out in ("runs", "all")
-    ]
-    assert found[0] == found[1]
+    for one, other in zip(whole[1:], halves[1:], strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert (one["tokens"], one.get("eval")) == (other["tokens"], other.get("eval"))
 
 
 def gsm8k(folder, n=8, steps=1):
@@ -314,7 +299,9 @@ def test_the_prompts_of_the_preset_qwen(tokenizer, tmp_path, monkeypatch):
     """The specialist is asked as it was fine-tuned, its junior in a chat with three plain examples,
     which are neither trained on nor evaluated. Without fine-tuning, one model is asked alike."""
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    flags = f"--preset qwen --problems {gsm8k(tmp_path, n=80, steps=2)} --eval-problems 2 --batch 8"
+    flags = f"--preset qwen --problems {gsm8k(tmp_path, n=80, steps=2)} --eval-problems 7 --batch 8"
+    is_validation = lambda question: "validation" if "0 of" in question else "train"  # noqa: E731
+    monkeypatch.setattr(tasks, "split_of", is_validation)
     (args, *_) = runs_of(f"--setting skill {flags}")
     senior, junior = asked(args, tokenizer)
     assert re.fullmatch(r"Question: What is 1\+1 in line [0-9]+ of train\?\nAnswer:", senior)
@@ -348,19 +335,17 @@ def test_problems_of_a_folder(command, tmp_path):
 
 def test_which_value_a_flag_has():
     """Defaults, lengths of the arm, preset, command line, arm: each goes over those before it."""
-    seen = {run.arm: run for run in runs_of("--setting pressure --wrong-weight -0.3")}
-    grpo, reinforce = seen["grpo-tandem"], seen["reinforce-j1"]
+    grpo, _, _, reinforce, _ = runs_of("--setting pressure --wrong-weight -0.3")
     assert (grpo.rollouts_per_prompt, grpo.wrong_weight, grpo.updates) == (8, 0.0, 80)
     assert (reinforce.rollouts_per_prompt, reinforce.wrong_weight) == (2, -0.3)
     assert runs_of("--setting pressure --updates 3")[0].updates == 3
     assert runs_of("--setting pressure --preset qwen")[0].updates == 20
-    rlvr = {run.arm: run for run in runs_of("--setting rlvr --batch 16 --eval-problems 9")}
-    assert [run.batch for run in rlvr.values()] == [16, 16, 16, 32]
-    assert (rlvr["rlvr-solo"].eval_problems, rlvr["rlvr-solo"].eval_every) == (9, 20)
+    rlvr = runs_of("--setting rlvr --batch 16 --eval-problems 9")
+    assert [run.batch for run in rlvr] == [16, 16, 16, 32]
+    assert (rlvr[1].eval_problems, rlvr[1].eval_every) == (9, 20)
     paper = runs_of("--setting granularity --preset paper --p 0.3")
-    assert {(run.p, run.problems) for run in paper} == {
-        (p, "openai/gsm8k") for p in (0.25, 0.3, 0.75)
-    }
+    assert {run.p for run in paper} == {0.25, 0.3, 0.75}
+    assert paper[0].problems == "openai/gsm8k"
     assert [run.seed for run in runs_of("--setting skill --seeds 2 --arms solo")] == [0, 1]
 
 
@@ -368,9 +353,23 @@ def test_which_value_a_flag_has():
 # Several runs at a time
 
 
+def fork(monkeypatch):
+    """Spawned processes would import everything again, which takes half a minute."""
+    context = runs.multiprocessing.get_context("fork")
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: context)
+
+
+def is_refused(args):
+    raise runs.Refused(f"{args.arm} is refused")
+
+
+def is_killed(args):
+    signal.raise_signal(signal.SIGKILL)
+
+
 def test_runs_side_by_side_are_those_of_one_process(command, tmp_path, monkeypatch):
     """Two processes, which need the same specialist at the same time."""
-    monkeypatch.undo()  # the verifier of the other processes is not patched
+    fork(monkeypatch)
     for jobs in "12":
         more = f"--wrong-weight -0.5 --jobs {jobs} --out {tmp_path / jobs}"
         run_gsm8k.main([*command, *more.split()])
@@ -380,15 +379,10 @@ def test_runs_side_by_side_are_those_of_one_process(command, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (runs.Refused("no"), "no"),
-        (BrokenProcessPool(), "killed, perhaps .*--resume and fewer --jobs"),
-    ],
+    ("train", "message"),
+    [(is_refused, "is refused"), (is_killed, "killed, perhaps .*--resume and fewer --jobs")],
 )
-def test_what_ends_a_process_is_said(tmp_path, monkeypatch, error, message):
-    """Threads stand in for the processes, which would take long to start."""
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
-    fails = lambda args: (_ for _ in ()).throw(error)  # noqa: E731
+def test_what_ends_a_process_is_said(tmp_path, monkeypatch, train, message):
+    fork(monkeypatch)
     with pytest.raises(runs.Refused, match=message):
-        runs.run_all(fails, runs_of(f"--setting skill --jobs 2 --out {tmp_path}"))
+        runs.run_all(train, runs_of(f"--setting skill --jobs 2 --out {tmp_path}"))
