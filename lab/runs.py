@@ -169,8 +169,6 @@ def locked(todo: list[Namespace]) -> Iterator[None]:
                 except Timeout as error:
                     remedy = "wait until it has ended, or choose another --out"
                     raise Refused(f"{folder} is written by another process: {remedy}") from error
-                for draft in folder.glob("*.draft"):
-                    draft.unlink()
             check_folder(args)
         yield
 

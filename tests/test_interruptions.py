@@ -156,6 +156,9 @@ def test_a_run_goes_on_with_its_own_flags_and_base(copy):
     (folder / "config.json").write_text(config.replace('"base": "', '"base": "tiny-0123'))
     with pytest.raises(SystemExit, match="was begun with base = tiny-0123.*another --out"):
         main(command)
+    (folder / "state.pt").unlink()  # as in a clone
+    with pytest.raises(SystemExit, match="holds rows but no state.pt"):
+        main(command)
 
 
 def test_a_second_process_is_refused(copy, monkeypatch):

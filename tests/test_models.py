@@ -160,6 +160,16 @@ def test_two_vocabularies_are_refused(base_folder, tokenizer, sentencepiece, tmp
             load(base_folder, tmp_path)
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused(base_folder, tmp_path):
+    """transformers alone goes on with a random third layer."""
+    config = shutil.copytree(base_folder, tmp_path / "base") / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(ValueError, match="lacks weights such as model.layers.2.*save it again"):
+        load(tmp_path / "base")
+
+
 def test_capped_logits_are_refused(tmp_path, tokenizer):
     """Gemma 2 caps its logits after the output layer, which lab/engine.py would miss."""
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)

@@ -184,6 +184,19 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
         assert {round(x, 2) for x in weights.flatten().tolist()} == {-0.5, 0.0, 1.5}
 
 
+def test_shuffled_rewards(command, monkeypatch, tmp_path):
+    """As many right rollouts, but others. The row reports the true rewards."""
+    given, weighted, real = [1.0] * 3 + [0.0] * 5, [], run_gsm8k.outcome_weights
+    values = cycle(given)
+    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
+    spy = lambda rewards, c: weighted.append(rewards.tolist()) or real(rewards, c)  # noqa: E731
+    monkeypatch.setattr(run_gsm8k, "outcome_weights", spy)
+    run_gsm8k.main([*command, "--setting", "control", "--arms", "shuffled"])
+    assert [sum(rewards) for rewards in weighted] == [3, 3]
+    assert len({tuple(rewards) for rewards in [given, *weighted]}) == 3
+    assert metrics(tmp_path / "runs", "shuffled")[1]["reward"] == 3 / 8
+
+
 def test_a_diverged_run_is_kept_and_the_next_is_as_if_alone(command, tmp_path, monkeypatch):
     """The first arm's loss is not finite. The second has none of its gradient; resumed, neither is
     run again, and the reason is given once more."""
