@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tor
     # In half precision small probabilities would vanish in the cumulative sum.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     if not logits.amax(-1).isfinite().all():
-        raise FloatingPointError("the logits of a model are not finite")
+        raise FloatingPointError("the logits of a model are not finite: check its weights")
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # (B, V)

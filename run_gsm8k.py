@@ -128,6 +128,8 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
     options = dict(schedule=args.handoff, temperature=args.temperature, stop=tasks.STOP) | more
 
     def write(rows: slice) -> Rollouts:
+        if rows.start == 0 and options.get("trace"):
+            options["trace"].clear()  # of an attempt for which memory did not suffice
         asked = [of_model[rows] for of_model in prompts]
         return rollout(pair, *asked, noise[:, :, rows], coins[:, rows], p=p, **options)
 
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     with runs.locked(todo):
         diverged = runs.run_all(train_one, todo)
     if set(SETTINGS["sweep"]) <= set(args.arms):
-        further = confirm_sweep(args)
+        further = confirm_sweep(next(run for run in todo if run.arm in SETTINGS["sweep"]))
         with runs.locked(further):
             diverged += runs.run_all(train_one, further)
     settings = SETTINGS if args.setting == "all" else [args.setting]
@@ -262,7 +264,7 @@ def train_one(args: Namespace) -> None:
 
 def confirm_sweep(args: Namespace) -> list[Namespace]:
     """The best cell (chosen on validation problems) and the main one, with test problems and seeds
-    that the sweep did not use.
+    that the sweep did not use. args: the flags of a cell.
     """
     best = figures.best_cell(Path(args.out))
     # The best cell may be the main one. There is none if every run diverged.

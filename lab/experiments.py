@@ -57,7 +57,7 @@ DEFAULTS: dict = {
     "kl": 0.0,  # beta
     "rewards": "true",  # or shuffled among the rollouts of a batch
     "clip": 1.0,  # maximum norm of the gradient
-    "micro_tokens": 8192,  # tokens per forward pass of the update; halved if they do not fit
+    "micro_tokens": 8192,  # tokens per forward pass of the update, with prompts
 }
 LENGTHS = ("updates", "eval_every", "eval_problems")
 

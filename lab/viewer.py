@@ -67,7 +67,7 @@ def samples(
     for i, problem in enumerate(problems):
         found = {"question": problem.question, "gold": problem.gold, "spans": spans[i]}
         found["reward"] = reward(rollouts.texts[i], problem.gold)
-        if trace is not None:
+        if trace and i in trace[0][0]:  # it was written in the first chunk
             found["steps"] = steps(engine.select(rollouts, [i]), i, trace, args.temperature, pair)
         kept.append(found)
     return kept

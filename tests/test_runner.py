@@ -257,24 +257,33 @@ def test_a_tandem_run_without_a_junior_stops(command, tmp_path, monkeypatch):
 
 
 def test_rollouts_do_not_depend_on_the_memory(command, tmp_path, monkeypatch):
-    """Where 8 rollouts do not fit, they are written in halves, and are the same."""
+    """Where memory ends amid 8 or 4 rollouts, they are written two at a time, and are the same."""
     command += ["--arms", "tandem"]
     run_gsm8k.main([*command, "--out", str(tmp_path / "all")])
     real, sizes = run_gsm8k.rollout, []
 
     def too_many(pair, asked, *args, **more):
         sizes.append(len(asked))
-        if len(asked) > 4:
+        written = real(pair, asked, *args, **more)
+        if len(asked) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(pair, asked, *args, **more)
+        return written
 
     monkeypatch.setattr(run_gsm8k, "rollout", too_many)
     run_gsm8k.main(command)
-    assert {8, 4} <= set(sizes)
+    assert {8, 4, 2} == set(sizes)
     whole, halves = metrics(tmp_path / "all"), metrics(tmp_path / "runs")
     for one, other in zip(whole[1:], halves[1:], strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert (one["tokens"], one.get("eval")) == (other["tokens"], other.get("eval"))
+    path = Path("tandem", "seed-0", "samples.jsonl")
+    found, expected = (runs.read_rows(tmp_path / out / path) for out in ("runs", "all"))
+    for one, other in zip(found, expected, strict=True):
+        assert one["spans"] == other["spans"]
+        # Steps are kept of the first rollouts that were written at a time.
+        if "steps" in one:
+            assert [step[:5] for step in one["steps"]] == [step[:5] for step in other["steps"]]
+    assert sum("steps" in sample for sample in found) == 2 * 2
 
 
 def gsm8k(folder, n=8, steps=1):
