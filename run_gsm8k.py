@@ -71,8 +71,10 @@ def train(args: Namespace, pair: Pair) -> None:
         n = args.batch // args.rollouts_per_prompt
         batch = problems[(update - 1) * n : update * n]
         batch = [problem for problem in batch for _ in range(args.rollouts_per_prompt)]
-        # 2. Rollouts: senior and junior write together. Under standard RL the senior writes alone.
-        p, seed = 1.0 if args.solo else args.p, args.seed * 10**6 + update
+        # 2. Rollouts: senior and junior write together. Under standard RL the senior writes alone,
+        # and in the control without handoffs the junior does.
+        p = 1.0 if args.solo else 0.0 if args.imitation else args.p
+        seed = args.seed * 10**6 + update
         rollouts = generate(batch, args, pair, p, seed)
         row = {"update": update, "seconds_rollout": time.time() - started}
         # 3. Rewards, one per rollout.

@@ -41,6 +41,7 @@ DEFAULTS: dict = {
     "shots": None,  # solved examples per prompt. None: 3 on GSM8K if the languages differ, else 0
     # Rollouts. Open in paper: the schedule's exact rule, and the temperature of evaluations.
     "solo": False,  # standard RL: the senior writes its training rollouts alone
+    "imitation": False,  # the junior writes them alone, and the senior learns from its right ones
     "handoff": "word",
     "p": 0.5,
     "temperature": 0.7,
@@ -68,7 +69,7 @@ PRESETS: dict[str, dict] = {
     # some steps; its junior is shown three solved examples instead.
     "qwen": dict(senior=QWEN.format("1.5B"), junior=QWEN.format("0.5B"), problems="openai/gsm8k")
     | dict(bfloat16=True, shots=3, specialist_steps=30, specialist_batch=8, specialist_lr=1e-3)
-    | dict(lr=5e-4, max_new_tokens=160, batch=64, rollout_batch=64, micro_tokens=2048)
+    | dict(lr=5e-4, max_new_tokens=160, batch=64, rollout_batch=64, micro_tokens=1024)
     | dict(updates=20, eval_every=5, eval_problems=100),
     # The paper's models, on GSM8K, on one GPU.
     "paper": dict(senior="neuralmagic/Llama-2-7b-gsm8k", problems="openai/gsm8k")
@@ -107,10 +108,13 @@ ARMS: dict[str, dict] = {
     # Every other schedule ("word" is the arm "tandem"), and other probabilities p.
     **{schedule: {"handoff": schedule} for schedule in SCHEDULES if schedule != "word"},
     **{f"p-{p}": {"p": p} for p in (0.25, 0.75)},
-    # With j = 1 the loss also imitates the junior. "shuffled" keeps the imitation and makes the
-    # reward meaningless; "senior-only" (j = 0) keeps the reward and removes the imitation.
+    # With j = 1 the loss also imitates the junior. "imitation" has nothing else: no handoff, and not
+    # one token of the senior. "shuffled" keeps the imitation and makes the reward meaningless;
+    # "senior-only" (j = 0) keeps the reward and removes the imitation.
+    "imitation": {"imitation": True},
     "shuffled": {"rewards": "shuffled"},
     "senior-only": {"junior_weight": 0.0},
+    "de-fr-imitation": in_languages("de-fr") | {"imitation": True},
     "de-fr-shuffled": in_languages("de-fr") | {"rewards": "shuffled"},
     "de-fr-senior-only": in_languages("de-fr") | {"junior_weight": 0.0},
     # Appendix E. The best (c, j) on validation problems is confirmed on test problems.
@@ -139,8 +143,8 @@ SETTINGS: dict[str, list[str]] = {
     "language": [f"{pair}-{arm}" for pair in LANGUAGE_PAIRS for arm in ("tandem", "solo")],
     "granularity": ["tandem" if schedule == "word" else schedule for schedule in SCHEDULES]
     + ["p-0.25", "p-0.75", "solo"],
-    "control": ["tandem", "shuffled", "senior-only"]
-    + ["de-fr-tandem", "de-fr-shuffled", "de-fr-senior-only"],
+    "control": ["tandem", "imitation", "shuffled", "senior-only"]
+    + ["de-fr-tandem", "de-fr-imitation", "de-fr-shuffled", "de-fr-senior-only"],
     "sweep": [arm for arm in ARMS if "wrong_weight" in ARMS[arm] and "validation" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
     "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],

@@ -296,7 +296,7 @@ def check_row(row: dict, args: Namespace, kept: dict, vocab_size: int) -> None:
         at = f"The checkpoint of update {row['update'] - 1} is kept in {run_folder(args)}"
         remedy = "Start again in another --out with a smaller --lr or a --wrong-weight nearer to 0"
         raise Diverged(f"update {row['update']}: {reason}. {at}. {remedy}")
-    one_sided = row["senior_share"] in (0, 1) and not args.solo
+    one_sided = row["senior_share"] in (0, 1) and not (args.solo or args.imitation)
     kept["one_sided"] = kept.get("one_sided", 0) + 1 if one_sided else 0
     if kept["one_sided"] == MOST_ONE_SIDED:
         share = f"the senior wrote {row['senior_share']:.0%} of {MOST_ONE_SIDED} batches in a row"
