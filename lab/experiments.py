@@ -108,8 +108,8 @@ ARMS: dict[str, dict] = {
     # Every other schedule ("word" is the arm "tandem"), and other probabilities p.
     **{schedule: {"handoff": schedule} for schedule in SCHEDULES if schedule != "word"},
     **{f"p-{p}": {"p": p} for p in (0.25, 0.75)},
-    # With j = 1 the loss also imitates the junior. "imitation" has nothing else: no handoff, and not
-    # one token of the senior. "shuffled" keeps the imitation and makes the reward meaningless;
+    # With j = 1 the loss also imitates the junior. "imitation" has nothing else: no handoff and no
+    # token of the senior. "shuffled" keeps the imitation and makes the reward meaningless;
     # "senior-only" (j = 0) keeps the reward and removes the imitation.
     "imitation": {"imitation": True},
     "shuffled": {"rewards": "shuffled"},
