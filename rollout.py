@@ -28,7 +28,7 @@ from re import Pattern
 import torch
 
 from lab.engine import Decoder, pad
-from tandem import Handoff, decode, opens_word
+from tandem import Handoff, decode, next_token
 
 # Shapes: B rollouts, P prompt length (with padding), C completion length, V vocabulary size.
 
@@ -96,7 +96,9 @@ def reference_rollout(
     models = {"senior": pair.senior, "junior": pair.junior}
     prompts = {"senior": senior_prompt, "junior": junior_prompt}
     written: list[tuple[int, str]] = []
-    text, active, num_tosses = b"", None, 0
+    # The outcomes of the coins, of which each toss uses the next one.
+    names = iter(["senior" if coin < p else "junior" for coin in coins])
+    text, active = b"", None
     for t in range(len(coins)):
         # 1. Each model reads its own prompt and the shared text, and samples a candidate.
         samples = {}
@@ -105,9 +107,8 @@ def reference_rollout(
             logits = models[name](input_ids=ids).logits[:, -1]  # (1, V)
             samples[name] = sample(logits, noise[i, t : t + 1], temperature).item()
         # 2. If the active model's candidate opens a word, a coin names the writer.
-        if active is None or opens_word(decode(text), decode(pair.pieces[samples[active]])):
-            active = "senior" if coins[num_tosses] < p else "junior"
-            num_tosses += 1
+        candidates = [decode(pair.pieces[samples[name]]) for name in models]
+        _, active = next_token(decode(text), active, *candidates, names)
         # 3. The writer's candidate is written; both models read it in the next step.
         written.append((samples[active], active))
         text += pair.pieces[samples[active]]
@@ -204,7 +205,7 @@ def rollout(
                 finished[row] = done or token in pair.end_ids
         if trace is not None:
             # After a toss, the written token is the only one since that toss.
-            tossed = [len(handoff.since[row]) == 1 for row in rows]
+            tossed = [len(handoff.recent[row]) == 1 for row in rows]
             trace.append((rows, senior_ids, junior_ids, tossed))
         if all(finished):
             break

@@ -36,7 +36,7 @@ This file works on text and knows no model. Models are run and sampled in rollou
 """
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 # ------------------------------------------------------------------------------------------------
@@ -106,18 +106,19 @@ def decode(data: bytes) -> str:
 
 
 def next_token(
-    before: str, active: str | None, senior_sample: str, junior_sample: str, coin: str
+    before: str, active: str | None, senior_sample: str, junior_sample: str, coins: Iterator[str]
 ) -> tuple[str, str]:
     """One step of the word schedule: the written text, and its author, who is then active.
 
-    `active` is the author of the last token, None before the first. `coin` is the outcome of the
-    coin; it counts only if the coin is tossed. This is the trace at the top of the file:
+    `active` is the author of the last token, None before the first. If a coin is tossed, the next
+    of the `coins` names the writer; otherwise none is used. This is the trace at the top of the
+    file, in which four coins are tossed:
 
-    >>> steps = [("Tom", "He", "senior"), ("my", " has", "junior"), (" sells", " has", "junior"),
-    ...          (" 48", " 4", "junior"), ("/", "8", "senior"), ("/", " clips", "junior")]
-    >>> text, author = "", None
-    >>> for senior_sample, junior_sample, coin in steps:
-    ...     written, author = next_token(text, author, senior_sample, junior_sample, coin)
+    >>> samples = [("Tom", "He"), ("my", " has"), (" sells", " has"), (" 48", " 4"), ("/", "8"),
+    ...            ("/", " clips")]
+    >>> text, author, coins = "", None, iter(["senior", "junior", "junior", "junior"])
+    >>> for senior_sample, junior_sample in samples:
+    ...     written, author = next_token(text, author, senior_sample, junior_sample, coins)
     ...     text += written
     ...     print(author, repr(text))
     senior 'Tom'
@@ -130,7 +131,7 @@ def next_token(
     samples = {"senior": senior_sample, "junior": junior_sample}
     # Open in paper: who writes the first token. Here a coin decides, as at every other boundary.
     if active is None or opens_word(before, samples[active]):
-        active = coin
+        active = next(coins)
     return samples[active], active
 
 
@@ -140,49 +141,49 @@ def next_token(
 # A schedule is a function that returns whether a coin is tossed before the next token, given
 #
 #     text     the text so far
-#     since    the pieces of it (the texts of its tokens) that were written since the last toss
+#     recent   the texts of the tokens since the last toss, which are the end of `text`
 #     piece    the candidate of the active model, as text
 #
 # To add one, write such a function and name it in SCHEDULES. The first token always has a toss, so
-# `text` and `since` are not empty. `lambda text, since, piece: text.endswith("=")` is a schedule.
+# `text` and `recent` are not empty. `lambda text, recent, piece: text.endswith("=")` is a schedule.
 
 MAX_GAP = 32  # tokens without a toss under `redraw`
 
 
-def before_every_token(text: str, since: list[str], piece: str) -> bool:
+def before_every_token(text: str, recent: list[str], piece: str) -> bool:
     return True
 
 
-def before_a_word(text: str, since: list[str], piece: str) -> bool:
+def before_a_word(text: str, recent: list[str], piece: str) -> bool:
     return opens_word(text, piece)
 
 
-def before_a_sentence(text: str, since: list[str], piece: str) -> bool:
+def before_a_sentence(text: str, recent: list[str], piece: str) -> bool:
     """A line break ends a sentence; so does a sentence mark before white space, unlike in 3.5."""
     ends = text.rstrip().endswith(tuple(".!?…。！？"))
-    return (ends or _at_line_start(text)) and _begins_unit(text, since, piece)
+    return (ends or _at_line_start(text)) and _begins_unit(text, recent, piece)
 
 
-def before_a_paragraph(text: str, since: list[str], piece: str) -> bool:
+def before_a_paragraph(text: str, recent: list[str], piece: str) -> bool:
     """A solution of GSM8K has one paragraph per line."""
-    return _at_line_start(text) and _begins_unit(text, since, piece)
+    return _at_line_start(text) and _begins_unit(text, recent, piece)
 
 
-def after_a_space(text: str, since: list[str], piece: str) -> bool:
+def after_a_space(text: str, recent: list[str], piece: str) -> bool:
     """It depends on written text only: after " so" the other model may go on with "ld"."""
-    return since[-1].startswith(" ") or len(since) >= MAX_GAP
+    return recent[-1].startswith(" ") or len(recent) >= MAX_GAP
 
 
 def _at_line_start(text: str) -> bool:
     return "\n" in text[len(text.rstrip()) :]
 
 
-def _begins_unit(text: str, since: list[str], piece: str) -> bool:
+def _begins_unit(text: str, recent: list[str], piece: str) -> bool:
     """Whether `piece` is more than white space, with white space or a full-width mark before it."""
     after_blank = text[-1:].isspace() or text.endswith(tuple("。！？"))
     after_blank = after_blank or piece[:1].isspace() or not piece
     # Without the last condition a model might write only a blank line before the next toss.
-    return after_blank and not piece.isspace() and not "".join(since).isspace()
+    return after_blank and not piece.isspace() and not "".join(recent).isspace()
 
 
 SCHEDULES: dict[str, Callable[[str, list[str], str], bool]] = {
@@ -214,7 +215,7 @@ class Handoff:
         self.coins = (coins < p).T.tolist()  # does the k-th toss of the rollout name the senior?
         batch = len(self.coins)
         self.text = [b""] * batch  # bytes, because a token may end inside a character
-        self.since: list[list[str]] = [[] for _ in range(batch)]  # the pieces since the last toss
+        self.recent: list[list[str]] = [[] for _ in range(batch)]  # the pieces since the last toss
         self.senior_active: list[bool | None] = [None] * batch  # None before the first toss
         self.tosses = [0] * batch  # coins used
 
@@ -228,17 +229,17 @@ class Handoff:
         """
         by_senior = []
         for row, senior_id, junior_id in zip(rows, senior_ids, junior_ids):
-            text, since, senior = decode(self.text[row]), self.since[row], self.senior_active[row]
+            text, recent, senior = decode(self.text[row]), self.recent[row], self.senior_active[row]
             # 1. Does the schedule call for a toss? The first token always has one.
             candidate = decode(self.pieces[senior_id if senior else junior_id])
-            if senior is None or self.calls_for_toss(text, since, candidate):
+            if senior is None or self.calls_for_toss(text, recent, candidate):
                 # 2. If so, the next unused coin of the rollout names the writer.
                 senior = self.senior_active[row] = self.coins[row][self.tosses[row]]
                 self.tosses[row] += 1
-                since.clear()
+                recent.clear()
             # 3. The candidate of the model that is now active is written, the other one discarded.
             piece = self.pieces[senior_id if senior else junior_id]
             self.text[row] += piece
-            since.append(decode(piece))
+            recent.append(decode(piece))
             by_senior.append(senior)
         return by_senior

@@ -59,7 +59,7 @@ def test_word(case):
     assert opens_word(before, piece) is (case in APART)
     assert opens_word("x " + before, piece) is (case in APART)
     assert walk([before, piece], "SJ") == (("SJ", [1, 1]) if case in APART else ("SS", [1, 0]))
-    one_step = next_token(before, "senior", piece, "other", coin="junior")
+    one_step = next_token(before, "senior", piece, "other", coins=iter(["junior"]))
     assert one_step == (("other", "junior") if case in APART else (piece, "senior"))
 
 
