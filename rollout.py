@@ -177,6 +177,7 @@ def rollout(
     if not len(senior_prompts) == len(junior_prompts) == batch:
         counts = f"{len(senior_prompts)} and {len(junior_prompts)} prompts"
         raise ValueError(f"{counts} for {batch} rollouts: give one prompt per model and rollout")
+    # The text of each row and who is active in it; and both models, which have read their prompts.
     handoff = Handoff(pair.pieces, schedule, p, coins)
     decoder = Decoder(pair, senior_prompts, junior_prompts, max_new_tokens, p, noise.device)
     rows = list(range(batch))  # the rollouts that are still in the batch
@@ -217,6 +218,7 @@ def rollout(
         if t + 1 < max_new_tokens:
             decoder.step(written)
 
+    # The end token has no text. A character that was cut off by the last token becomes U+FFFD.
     texts = [b"".join(pair.pieces[token] for token in row).decode(errors="replace") for row in ids]
     device = noise.device
     prompts = *pad(senior_prompts, "left", device), *pad(junior_prompts, "left", device)

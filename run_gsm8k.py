@@ -61,6 +61,7 @@ def train(args: Namespace, pair: Pair) -> None:
     # The last update that was saved (-1: none), and what the loop keeps besides model and
     # optimizer, a dictionary that is saved and resumed.
     last, kept = runs.begin(args, senior, optimizer)
+    # Update 0 is the evaluation before training.
     if last < 0:
         finish_update({"update": 0}, args, pair, optimizer, held_out, kept)
 
@@ -141,6 +142,7 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
 def finish_update(row, args: Namespace, pair: Pair, optimizer, held_out: list, kept: dict) -> None:
     """Evaluate if it is due, then log the row, and last of all save the checkpoint."""
     if row["update"] % args.eval_every == 0 or row["update"] == args.updates:
+        # The time of an evaluation is logged apart from that of the update.
         started = time.time()
         row["eval"] = evaluate(row["update"], args, pair, held_out)
         row["seconds_eval"] = time.time() - started
@@ -169,8 +171,10 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
         # at every evaluation of a run, which reduces the variance of differences between them.
         trace: list | None = [] if who == "tandem" else None
         rollouts = generate(problems, args, pair, p, seed=10**9 + args.seed, trace=trace)
+        # Accuracy, jargon, language and length, over all problems.
         lengths = rollouts.completion_mask.sum(1).tolist()
         results[who] = summarise(rollouts.texts, golds, lengths, tasks.LANGUAGES)
+        # The first few are kept, with who wrote what, for the page and for Figure 1.
         spans = viewer.author_spans(rollouts, pair.pieces)
         samples = viewer.samples(rollouts, spans, trace, problems[:SAMPLES], args, pair)
         samples = [{"update": update, "who": who} | sample for sample in samples]
@@ -178,6 +182,7 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
         if who == "tandem":
             results[who] |= count_handoffs(spans)
             runs.log_rollout(spans[0], args.arm)
+        # What Tandem RL measures: needs further rollouts, so it is off by default.
         if args.measures and who == "senior":
             measured = measures.measure(rollouts, update, problems, args, pair, generate)
             runs.append_rows(runs.run_folder(args) / "measures.jsonl", [measured])
