@@ -39,13 +39,6 @@ def weights_as_pickle(path, marker):
     pickled(path, marker)
 
 
-def adapter_beside_the_base(path, marker):
-    """transformers loads an adapter in the folder of a model, with the base that it names."""
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(path.parent)}
-    path.with_name("adapter_config.json").write_text(json.dumps(config))
-    pickled(path, marker)
-
-
 def template(path, marker):
     """A chat template is a program. Its sandbox must not let it reach the system."""
     code = "{{ cycler.__init__.__globals__.os.mkdir(" + repr(str(marker)) + ") }}"
@@ -75,7 +68,7 @@ HOSTILE = {
     "base/chat_template.jinja": template,
     "base/model.safetensors": pickled,
     "base/pytorch_model.bin": weights_as_pickle,
-    "base/adapter_model.bin": adapter_beside_the_base,
+    "base/adapter_config.json": pickled,
     "base/made.json": pickled,
     "problems/train.jsonl": pickled,
     "problems/test.jsonl": pickled,
