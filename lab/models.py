@@ -87,7 +87,7 @@ def check_texts(name: str, tokenizer, texts: Iterable, vocab_size: int, context:
             continue
         (ids,), where = encode(tokenizer, [text]), f"{name} for {problem[:60]!r}"
         if len(ids) + new > context:
-            reason = f"{len(ids)} tokens and {new} new ones exceed its context of {context}"
+            reason = f"{len(ids)} tokens and {new} to be written exceed its context of {context}"
             raise ValueError(f"{where}: {reason}: shorten this, or lower --max-new-tokens")
         if max(ids) >= vocab_size:
             token = tokenizer.convert_ids_to_tokens(max(ids))
@@ -153,9 +153,8 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
         raise ValueError(f"{' and '.join(names)} must share one tokenizer, but have {sizes}")
     for name, tokenizer in zip(names, tokenizers):
         if tokenizer.eos_token_id not in range(vocab_size):
-            raise ValueError(
-                f"{name}: a model lacks the end token {tokenizer.eos_token}: set another"
-            )
+            lacks = f"a model lacks the end token {tokenizer.eos_token}"
+            raise ValueError(f"{name}: {lacks}: set eos_token, or choose another model")
     return tokenizers, contexts, vocab_size
 
 

@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_interruptions import Hostile, contents, copy, finished  # noqa: F401  fixtures
 from test_runner import command, gsm8k  # noqa: F401  a fixture
 
@@ -99,15 +98,3 @@ def test_hostile_files_are_refused_and_not_run(copy, base_folder, tmp_path, monk
     assert re.fullmatch(f"error: .*{re.escape(str(folder))}.*{remedy}.*", str(stop.value))
     assert not marker.exists()
     assert contents(folder) == before
-
-
-def test_the_adapter_of_a_run_is_written_and_never_read(copy, tmp_path):  # noqa: F811
-    command, folder = copy  # noqa: F811
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        pickled(folder / "adapter" / name, tmp_path / "ran")
-    run_gsm8k.main([*command, "--updates", "3"])
-    assert not (tmp_path / "ran").exists()
-    written = load_file(folder / "adapter" / "adapter_model.safetensors")
-    state = torch.load(folder / "state.pt")["adapter"]
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[name], state[name]) for name in state)

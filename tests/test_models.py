@@ -187,41 +187,27 @@ def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, t
 # What is refused
 
 
-# A file of the base, changes to it, further flags, and what is said.
+# A .json file of the base, changes to it, further flags, and what is said.
 REFUSED = [
-    ("adapter_config.json", {}, "", "adapter: merge it .peft: merge_and_unload"),
-    ("config.json", {}, "--senior BASE/none --junior BASE/none", "there is no such folder"),
-    ("config.json", {}, "--junior tiny", "one tokenizer, but have 317 and 765 tokens, and 118"),
-    (
-        "config.json",
-        {},
-        "--problems BASE",
-        "'Question: .* new ones exceed its context of 1024: shorten",
-    ),
-    (
-        "config.json",
-        {"max_position_embeddings": 99},
-        "",
-        "and 8 new ones exceed its context of 99: ",
-    ),
-    ("config.json", {"num_hidden_layers": 3}, "", "lacks weights .*layers.2.*save it again"),
-    ("tokenizer_config.json", {"eos_token": None}, "", "lacks the end token None: set"),
-    ("tokenizer_config.json", {"eos_token": "<end>"}, "", "lacks the end token <end>: set"),
-    (
-        "tokenizer_config.json",
-        {"extra_special_tokens": ["How many"]},
-        "",
-        "token 'How many': resize",
-    ),
+    ("adapter_config", {}, "", "adapter: merge it .peft: merge_and_unload"),
+    ("config", {}, "--senior BASE/none --junior BASE/none", "there is no such folder"),
+    ("config", {}, "--junior tiny", "one tokenizer, but have 317 and 765 tokens, and 118"),
+    ("config", {}, "--problems BASE", "'Question: .* 1 to be written .* of 1024: shorten this"),
+    ("config", {"max_position_embeddings": 99}, "", "and 8 to be written exceed .* of 99: shorten"),
+    ("config", {"num_hidden_layers": 3}, "", "lacks weights .*layers.2.*save it again"),
+    ("tokenizer_config", {"eos_token": None}, "", "lacks the end token None: set eos_token"),
+    ("tokenizer_config", {"eos_token": "<end>"}, "", "lacks the end token <end>: set eos_token"),
+    ("tokenizer_config", {"extra_special_tokens": ["How many"]}, "", "lacks .*'How many': resize"),
 ]
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_base_is_refused_before_fine_tuning(command, base_folder, tmp_path, monkeypatch, case):  # noqa: F811
-    base, (name, changes, flags, message) = shutil.copytree(base_folder, tmp_path / "base"), case
+    (name, changes, flags, message), base = case, shutil.copytree(base_folder, tmp_path / "base")
     gsm8k(base, steps=99)
-    content = json.loads((base / name).read_text()) if (base / name).exists() else {}
-    (base / name).write_text(json.dumps(content | changes))
+    file = base / f"{name}.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
     monkeypatch.setattr(run_gsm8k, "_pair", [])
     flags = f"--senior BASE --junior BASE {flags}".replace("BASE", str(base))
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
