@@ -5,36 +5,29 @@ al., 2023); West et al. (2025) use rank 16, alpha 16 and all linear layers. If -
 are the same checkpoint, its weights are loaded once: the junior is that base with the adapter off,
 and one forward pass can serve both (SharedJunior). Otherwise the junior is a second model.
 
-Memory in GiB, estimated for one rollout batch of 31 x (200 + 256) tokens and updates of 8,192:
-
-    pair                                weights   adapter, AdamW   rollout   update
-    tiny base, float32                    0.002            0.001      0.15     0.20
-    SmolLM2-135M, float32                  0.5              0.1       1.2      6.9
-    Qwen2.5 1.5B and 0.5B, bfloat16        4.1              0.3       2.0      5.0
-    two Llama-2-7B, 4 bits, checkpointing  7.2              0.4      14.7      4.6
+Measured: with Qwen2.5 1.5B and 0.5B in bfloat16 on a CPU, and updates in parts of 2,048 tokens, the
+process takes 20.1 GB at most.
 
 Before anything long, a pair is tried out: what lab/engine.py does with it is compared with plain
 forward passes, and architectures for which they differ are refused. No code of a checkpoint is run.
 """
 
+import hashlib
 import math
+import os
+import re
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    logging,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lab import engine, runs
@@ -42,27 +35,27 @@ from lab import problems as tasks
 from rollout import Pair
 
 # What transformers reports while it loads is not about this project.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 # It is peft that still asks for this attribute by its old name.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+# ------------------------------------------------------------------------------------------------
+# Before loading
 
 
 def check_before_loading(todo: list[Namespace]) -> None:
     """Everything about models and problems that can be checked without loading a model.
 
-    Sets `base` in the flags of every run: which base this is, for config.json and --resume.
-    Raises ValueError or OSError that names what is wrong.
+    Sets `base` and `junior_base` in the flags of every run: which weights these are, for
+    config.json and --resume. Raises ValueError or OSError that names what is wrong.
     """
-    args = todo[0]
+    args, seen = todo[0], set()
     names = [checkpoint(name) for name in (args.senior, args.junior)]
-    tokenizers = load_tokenizers(*names)
-    contexts = [load(AutoConfig, name).get_text_config() for name in names]
-    contexts = [getattr(config, "max_position_embeddings", None) or math.inf for config in contexts]
-    base = identity(names[0])
-    seen = set()
+    tokenizers, contexts, vocab_size = load_tokenizers(*names)
+    identities = [identity(name) for name in names]
     for run in todo:
-        run.base = base
+        run.base, run.junior_base = identities
         run.bfloat16 = run.device != "cpu" if run.bfloat16 is None else run.bfloat16
         asked = (run.senior_language, run.junior_language, run.seed, run.validation)
         asked += (run.updates, run.batch, run.eval_problems, run.specialist_steps)
@@ -70,15 +63,35 @@ def check_before_loading(todo: list[Namespace]) -> None:
             continue  # runs that differ in other flags have the same prompts
         seen.add(asked)
         problems = [problem for of_split in tasks.load_problems(run) for problem in of_split]
-        pair = Pair(None, None, *tokenizers, [], [])
-        for (tokenizer, texts), name, context in zip(
-            tasks.prompts_of_pair(problems, run, pair), names, contexts
-        ):
-            longest = max(map(len, encode(tokenizer, texts)))
-            if longest + run.max_new_tokens > context:
-                reason = f"{longest} tokens of prompt and {run.max_new_tokens} new ones"
-                remedy = "lower --max-new-tokens, or choose another model"
-                raise ValueError(f"{name}: {reason} exceed its context of {context}: {remedy}")
+        questions = [problem.question for problem in problems]
+        prompts = tasks.prompts_of_pair(problems, run, Pair(None, None, *tokenizers, [], []))
+        new = run.max_new_tokens
+        for name, context, (tokenizer, texts) in zip(names, contexts, prompts):
+            check_texts(name, tokenizer, zip(questions, texts), vocab_size, context, new)
+        taught = tasks.annotated_solutions(run)[: run.specialist_steps * run.specialist_batch]
+        texts = [(prompt, f"{prompt} {solution}") for prompt, solution in taught]
+        # Every solution is followed by an end token.
+        check_texts(names[0], tokenizers[0], texts, vocab_size, contexts[0], 1)
+
+
+def check_texts(name: str, tokenizer, texts: Iterable, vocab_size: int, context: float, new: int):
+    """Raises ValueError unless a model can read every text and write `new` tokens after it.
+
+    texts: (the problem that an error names, text).
+    """
+    all_known = len(tokenizer) <= vocab_size
+    for problem, text in texts:
+        # A text has at most as many tokens as bytes, but for a few special ones. So hardly any text
+        # needs to be tokenized here.
+        if all_known and len(text.encode()) + 8 + new <= context:
+            continue
+        (ids,), where = encode(tokenizer, [text]), f"{name} for {problem[:60]!r}"
+        if len(ids) + new > context:
+            reason = f"{len(ids)} tokens and {new} to be written exceed its context of {context}"
+            raise ValueError(f"{where}: {reason}: shorten this, or lower --max-new-tokens")
+        if max(ids) >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(f"{where}: a model lacks the token {token!r}: resize its embeddings")
 
 
 TINY = Path(__file__).with_name("tiny_base")  # the shipped base, see lab/tiny.py
@@ -86,37 +99,67 @@ TINY = Path(__file__).with_name("tiny_base")  # the shipped base, see lab/tiny.p
 
 def checkpoint(name: str) -> str:
     """The hub id or folder that --senior or --junior names: "tiny" is the shipped base."""
-    return str(TINY) if name == "tiny" else name
+    return str(TINY) if name == "tiny" else os.path.expanduser(name)
 
 
-def identity(folder: Path | str = TINY) -> str:
-    """The name of a base: "tiny-" and a checksum if lab/tiny.py made it, else its own name."""
-    note = Path(folder) / "made.json"
-    if not note.is_file():
-        return Path(folder).name
-    return "tiny-" + runs.read_back(note, checksum=str)["checksum"][:12]
+def identity(name: str | Path = TINY) -> str:
+    """A readable name of a checkpoint that changes with its weights.
+
+    Of a folder: its name and a checksum of its configurations and weights, which training changes
+    everywhere, so that parts of them suffice. Of a hub id: its commit. A base of lab/tiny.py that
+    nobody has trained since is named by what it was made from.
+    """
+    folder = Path(name).resolve()
+    if not folder.is_dir():
+        config = transformers.utils.cached_file(str(name), "config.json")
+        return f"{folder.name}-{Path(config).parent.name[:8]}"  # .../snapshots/COMMIT/config.json
+    note = folder / "made.json"
+    made = runs.read_back(note, checksum=str) if note.is_file() else {}
+    if "weights" in made and made["weights"] == checksum([folder / "model.safetensors"]):
+        return f"tiny-{made['checksum'][:12]}"
+    kinds = ("*.json", "*.safetensors", "*.bin")
+    files = [path for kind in kinds for path in sorted(folder.glob(kind))]
+    return f"{folder.name}-{checksum(files)[:8]}"
 
 
-def load_tokenizers(senior: str, junior: str) -> list:
-    """Both tokenizers. Raises ValueError unless they are the same vocabulary, and as wide logits.
+def checksum(files: list[Path]) -> str:
+    """SHA-256 of files. Of a large one, 16 MB are read, in pieces from its beginning to its end."""
+    digest, piece = hashlib.sha256(), 2**14
+    for path in files:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            for start in range(0, size, max(piece, size // 1024)):
+                file.seek(start)
+                digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def load_tokenizers(*names: str) -> tuple[list, list, int]:
+    """(tokenizers, maximum lengths, V) of the pair. Raises ValueError unless it has one vocabulary.
 
     Ids beyond the logits are ignored: some tokenizers have padding that the model never writes.
     """
-    tokenizers = [load(AutoTokenizer, name) for name in (senior, junior)]
-    widths = [load(AutoConfig, name).get_text_config().vocab_size for name in (senior, junior)]
-    vocabularies = [
-        {token: i for token, i in tokenizer.get_vocab().items() if i < width}
-        for tokenizer, width in zip(tokenizers, widths)
-    ]
-    if vocabularies[0] != vocabularies[1]:
-        differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
-        sizes = " and ".join(str(len(vocabulary)) for vocabulary in vocabularies)
-        reason = f"{senior} and {junior} have {sizes} tokens, and {differ} entries differ"
-        raise ValueError(f"senior and junior must share one tokenizer, but {reason}")
-    if widths[0] != widths[1]:
-        reason = f"{senior} has {widths[0]}, {junior} {widths[1]}"
-        raise ValueError(f"senior and junior must have logits of one width: {reason}")
-    return tokenizers
+    tokenizers = [load(AutoTokenizer, name) for name in names]
+    configs = [load(AutoConfig, name).get_text_config() for name in names]
+    contexts = [getattr(config, "max_position_embeddings", None) or math.inf for config in configs]
+    # Within a family, logits may be padded to different widths. Both are cut to the smaller.
+    vocab_size = min(config.vocab_size for config in configs)
+    one, other = (
+        {token: i for token, i in tokenizer.get_vocab().items() if i < vocab_size}
+        for tokenizer in tokenizers
+    )
+    if differ := len(one.items() ^ other.items()):
+        sizes = f"{len(tokenizers[0])} and {len(tokenizers[1])} tokens, and {differ} entries differ"
+        raise ValueError(f"{' and '.join(names)} must share one tokenizer, but have {sizes}")
+    for name, tokenizer in zip(names, tokenizers):
+        if tokenizer.eos_token_id not in range(vocab_size):
+            lacks = f"a model lacks the end token {tokenizer.eos_token}"
+            raise ValueError(f"{name}: {lacks}: set eos_token, or choose another model")
+    return tokenizers, contexts, vocab_size
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load_pair(args: Namespace) -> Pair:
@@ -124,33 +167,33 @@ def load_pair(args: Namespace) -> Pair:
 
     Raises ValueError for a missing, incomplete or unsupported checkpoint.
     """
-    names = [checkpoint(name) for name in (args.senior, args.junior)]
-    return make_pair(*names, args)
+    return make_pair(checkpoint(args.senior), checkpoint(args.junior), args)
 
 
 def make_pair(senior: str, junior: str, args: Namespace) -> Pair:
-    tokenizers = load_tokenizers(senior, junior)
+    tokenizers, _, vocab_size = load_tokenizers(senior, junior)
     base = load_model(senior, args)
     other = base if senior == junior else load_model(junior, args)
-    if None in [tokenizer.eos_token_id for tokenizer in tokenizers]:
-        raise ValueError(f"{senior}, {junior}: a tokenizer has no end token: set its eos_token")
     # A chat model may end its turn with another token than the end token of its tokenizer.
     end_ids = {tokenizer.eos_token_id for tokenizer in tokenizers}
     for model in (base, other):
         listed = model.generation_config.eos_token_id
         end_ids |= set(listed if isinstance(listed, list) else [listed]) - {None}
-    pieces = token_bytes(tokenizers[0], base.config.get_text_config().vocab_size, end_ids)
-    about = f"{senior} ({type(base).__name__})"
+    pieces = token_bytes(tokenizers[0], vocab_size, end_ids)
     try:
-        model = disable_dropout(add_adapter(base, args.rank))
-    except ValueError as error:
-        raise ValueError(f"{about} cannot be given an adapter ({error})") from error
-    if args.checkpointing:
-        enable_checkpointing(model)
-    shared = SharedJunior(model) if other is base else None
-    both = shared.beside_senior if shared else None
-    pair = Pair(model, shared or other, *tokenizers, sorted(end_ids), pieces, both)
-    check_decoding(pair, about)
+        for model in (base, other):
+            cut_logits(model, vocab_size)
+        model = add_adapter(base, args.rank)
+        if args.checkpointing:
+            enable_checkpointing(model)
+        shared = SharedJunior(model) if other is base else None
+        both = shared.beside_senior if shared else None
+        pair = Pair(model, shared or other, *tokenizers, sorted(end_ids), pieces, both)
+        check_decoding(pair)
+    except Exception as error:
+        # Whatever goes wrong here would go wrong in the first rollout.
+        about = f"{senior} ({type(base).__name__}) cannot be trained here"
+        raise ValueError(f"{about} ({error!r:.200}): choose another model") from error
     return pair
 
 
@@ -159,12 +202,11 @@ def load_model(name: str, args: Namespace):
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     options = {"dtype": dtype, "device_map": {"": args.device}}
     if args.four_bit:
-        nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        nf4 |= dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
-        options["quantization_config"] = BitsAndBytesConfig(**nf4)
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
     if (Path(name) / "generation_config.json").is_file():
         # transformers would go on without the end tokens of a file that it cannot read.
-        load(GenerationConfig, name)
+        load(transformers.GenerationConfig, name)
     model, report = load(AutoModelForCausalLM, name, **options, output_loading_info=True)
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place.
@@ -176,76 +218,68 @@ def load_model(name: str, args: Namespace):
 def load(kind, name: str, **options):
     """kind.from_pretrained, with a remedy in its error. `kind`: an Auto class of transformers."""
     try:
+        if transformers.utils.find_adapter_config_file(name):
+            # transformers would load it on top of the weights beside it, or of the base it names.
+            raise ValueError("it holds an adapter: merge it (peft: merge_and_unload) and save that")
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
         # A damaged or hostile file makes the libraries raise nearly anything.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:200]
-        if Path(name).is_absolute() and not Path(name).exists():
-            reason = "there is no such folder"
-        elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            reason = "the folder has no config.json"
+        is_missing = Path(name).is_absolute() and not Path(name).exists()
+        reason = "there is no such folder" if is_missing else f"{error!r:.200}"
         remedy = "Name a local folder or a hub id that can be reached, or use --preset tiny"
         raise ValueError(f"cannot load {name!r} ({reason}). {remedy}") from error
 
 
-def check_decoding(pair: Pair, about: str) -> None:
+def cut_logits(model, vocab_size: int) -> None:
+    """Drop the rows of the output layer beyond vocab_size. An embedding tied to it keeps them."""
+    head = model.get_output_embeddings()
+    for name, rows in list(head.named_parameters()):
+        if len(rows) > vocab_size:
+            setattr(head, name, torch.nn.Parameter(rows[:vocab_size], requires_grad=False))
+
+
+def check_decoding(pair: Pair) -> None:
     """Raises ValueError unless lab/engine.py agrees with plain forward passes of the pair.
 
     The comparison is made under a random adapter. In bfloat16 an unlucky one amplifies rounding, so
-    three are tried, and the pair is refused unless most of them agree.
+    three are tried, and most of them must agree.
     """
     in_float32 = pair.senior.dtype == torch.float32
     tolerance, num_adapters = (1e-3, 1) if in_float32 else (0.1, 3)
-    try:
-        compared = [compare_with_plain_passes(pair, seed) for seed in range(num_adapters)]
-    except Exception as error:
-        # Whatever goes wrong here would go wrong in the first rollout.
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{about} cannot be decoded step by step here ({reason})") from error
-    for what in compared[0]:
-        distances = [distance_of[what] for distance_of in compared]
-        # A distance that is nan is not below the tolerance.
-        if sum(distance < tolerance for distance in distances) <= num_adapters / 2:
-            found = f"total variation distance {max(distances):.2g}"
-            raise ValueError(f"{about} {what} ({found}). Choose another model")
+    compared = [compare_with_plain_passes(pair, seed) for seed in range(num_adapters)]
+    for fault, distance in zip(FAULTS, torch.tensor(compared).median(0).values):
+        if not distance < tolerance:  # it may be nan
+            raise ValueError(f"it {fault}: total variation distance {distance:.2g}")
+
+
+FAULTS = "scales or caps its logits after the output layer", "decodes otherwise with a cache"
 
 
 @torch.no_grad()
-def compare_with_plain_passes(pair: Pair, seed: int) -> dict[str, float]:
-    """What may be wrong with a pair: the distance between our numbers and a plain pass, for each.
+def compare_with_plain_passes(pair: Pair, seed: int) -> list[float]:
+    """The distance between our numbers and those of a plain pass, for each of FAULTS.
 
-    Compared are one left-padded, cached step of both models, and the output layer on top of the
-    hidden states. A fresh adapter does nothing, so here it gets random weights.
+    Compared are the output layer on top of the hidden states, and one left-padded, cached step of
+    both models. A fresh adapter does nothing, so here it gets random weights.
     """
     prompts, written, device = [[1, 2, 3, 4, 5], [3, 2, 1]], [6, 5], pair.senior.device
     reset_adapter(pair.senior, seed)
-    layers = [module for module in pair.senior.modules() if isinstance(module, LoraLayer)]
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers:
-        up = layer.lora_B["default"].weight
-        up.copy_(0.1 * torch.randn(up.shape, generator=generator))
-    try:
-        decoder = engine.Decoder(pair, prompts, prompts, 1, 0.5, device)
-        decoder.step(written)
-        cached = torch.cat(decoder.logits)  # (2 * rows, V), the senior's first
-        whole = [[*row, token] for row, token in zip(prompts, written)]
-        texts = [torch.tensor([row], device=device) for row in whole]
-        plain = [pair.senior(input_ids=ids).logits[0, -1] for ids in texts]
-        plain += [pair.junior(input_ids=ids).logits[0, -1] for ids in texts]
-        base = pair.senior.get_base_model()
-        head = base.get_output_embeddings()
-        scored = [head(base.base_model(input_ids=ids)[0])[0, -1] for ids in texts]
-    finally:
-        reset_adapter(pair.senior, seed)
-    pairs = {
-        "scales or caps its logits after the output layer": (torch.stack(scored), plain[:2]),
-        "decodes something else with a cache and padding": (cached, plain),
-    }
-    found = {}
-    for what, (ours, theirs) in pairs.items():
-        difference = ours.float().softmax(-1) - torch.stack(theirs).float().softmax(-1)
-        found[what] = difference.abs().sum(-1).max().item() / 2
-    return found
+    for layer in lora_layers(pair.senior):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    decoder = engine.Decoder(pair, prompts, prompts, 1, 0.5, device)
+    decoder.step(written)
+    texts = [torch.tensor([[*row, token]], device=device) for row, token in zip(prompts, written)]
+    plain = [model(input_ids=ids).logits for model in (pair.senior, pair.junior) for ids in texts]
+    base = pair.senior.get_base_model()
+    states = [base.base_model(input_ids=ids)[0] for ids in texts]
+    scored = [base.get_output_embeddings()(state) for state in states]
+    reset_adapter(pair.senior, seed)
+    plain, scored = (torch.cat([x[:, -1] for x in logits]) for logits in (plain, scored))
+    distances = []
+    for ours, theirs in ((scored, plain[:2]), (torch.cat(decoder.logits), plain)):  # (rows, V) each
+        difference = ours.float().softmax(-1) - theirs.float().softmax(-1)
+        distances.append(difference.abs().sum(-1).max().item() / 2)
+    return distances
 
 
 # ------------------------------------------------------------------------------------------------
@@ -261,9 +295,12 @@ def add_adapter(base, rank: int) -> PeftModel:
 def reset_adapter(senior: PeftModel, seed: int) -> None:
     """Reinitialise the adapter: A random and B zero, so that the senior equals its base."""
     torch.manual_seed(seed)
-    for module in senior.modules():
-        if isinstance(module, LoraLayer):
-            module.reset_lora_parameters("default", init_lora_weights=True)
+    for layer in lora_layers(senior):
+        layer.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def lora_layers(senior: PeftModel) -> list[LoraLayer]:
+    return [module for module in senior.modules() if isinstance(module, LoraLayer)]
 
 
 def trainable_parameters(model) -> list[torch.nn.Parameter]:
@@ -299,16 +336,12 @@ def enable_checkpointing(model) -> None:
 
     The version of transformers works in training mode only, in which dropout would be on.
     """
-
-    def checkpointed(forward, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return recompute(forward, *args, use_reentrant=False, **kwargs)
-
     # The decoder layers are the longest ModuleList of a causal language model.
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in max(lists, key=len):
-        layer.forward = partial(checkpointed, layer.forward)
+        # Without dropout, a layer draws no random numbers.
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(recompute, layer.forward, **options)
 
 
 class SharedJunior:
@@ -320,9 +353,8 @@ class SharedJunior:
 
     def __init__(self, senior: PeftModel):
         self.senior, self.adapted_fraction = senior, 1.0
-        for layer in senior.modules():
-            if isinstance(layer, LoraLayer):
-                layer.forward = partial(self._layer_forward, layer, layer.forward)
+        for layer in lora_layers(senior):
+            layer.forward = partial(self._layer_forward, layer, layer.forward)
 
     def _layer_forward(self, layer, peft_forward, x: torch.Tensor, *args, **kwargs):
         """W x for all rows; + scaling * B A x for the leading rows, which are the senior's."""
@@ -332,11 +364,10 @@ class SharedJunior:
             # Layers of experts flatten batch and sequence, so that there are no leading rows.
             raise ValueError(f"layers with inputs of shape {tuple(x.shape)} are not supported")
         out = layer.base_layer(x, *args, **kwargs)
-        adapted = x[: int(self.adapted_fraction * len(x))]
-        if len(adapted):
+        rows = x[: int(self.adapted_fraction * len(x))]
+        if len(rows):
             down, up = layer.lora_A["default"], layer.lora_B["default"]
-            update = up(down(adapted.to(down.weight.dtype))) * layer.scaling["default"]
-            out[: len(adapted)] += update
+            out[: len(rows)] += up(down(rows.to(down.weight.dtype))) * layer.scaling["default"]
         return out
 
     def _run(self, model, adapted_fraction: float, **inputs):
@@ -367,10 +398,15 @@ class SharedJunior:
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Prompts as token ids."""
+    """Prompts as token ids, which the tokenizer may begin, but not end, with tokens of its own."""
     # A chat template has already written the start token; it must not be added twice.
     has_start = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    return tokenizer(texts, add_special_tokens=not has_start).input_ids
+    encoded = tokenizer(texts, add_special_tokens=not has_start, return_special_tokens_mask=True)
+    for ids, is_added in zip(encoded.input_ids, encoded.special_tokens_mask):
+        # Some tokenizers append an end token, after which nothing would be written.
+        while is_added.pop():
+            ids.pop()
+    return encoded.input_ids
 
 
 def token_bytes(tokenizer, vocab_size: int, end_ids=()) -> list[bytes]:
@@ -382,26 +418,26 @@ def token_bytes(tokenizer, vocab_size: int, end_ids=()) -> list[bytes]:
     ValueError if a short test sentence is not decoded to what was encoded.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
-    # Some end tokens, such as <|eot_id|> of Llama 3, are special without being listed as such.
     added = tokenizer.added_tokens_decoder
+    # Some end tokens, such as <|eot_id|> of Llama 3, are special without being listed as such.
     silent = {i for i, token in added.items() if token.special}
     silent |= {*tokenizer.all_special_ids, *end_ids}
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     # Byte-level BPE never writes "▁" itself, whose three bytes it spells separately.
-    is_sentencepiece = any(token.startswith("▁") for token in tokens if token)
-
-    def spell(i: int, token: str) -> bytes:
-        if is_sentencepiece and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:-1], 16)])
-        # A token that was added by hand is plain text, even in a byte-level vocabulary.
-        if is_sentencepiece or i in added or any(character not in byte_of for character in token):
-            return token.replace("▁", " ").encode()
-        return bytes(byte_of[character] for character in token)
-
-    pieces = [
-        b"" if token is None or i in silent else spell(i, token) for i, token in enumerate(tokens)
-    ]
-    pieces += [b""] * (vocab_size - len(pieces))
+    own = [token for i, token in enumerate(tokens) if token and i not in added]
+    is_sentencepiece = any(token.startswith("▁") for token in own)
+    space = "▁" if is_sentencepiece else " "
+    pieces = [b""] * vocab_size
+    for i, token in enumerate(tokens):
+        if token is None or i in silent:
+            continue
+        if is_sentencepiece and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            pieces[i] = bytes.fromhex(token[3:-1])
+        elif is_sentencepiece or i in added or not set(token) <= byte_of.keys():
+            # A token that was added by hand is plain text, even in a byte-level vocabulary.
+            pieces[i] = token.replace(space, " ").encode()
+        else:
+            pieces[i] = bytes(byte_of[character] for character in token)
     # Some tokenizers drop spaces, so that words could not be told apart. (SentencePiece adds one.)
     sentence = "A word, 48 words"
     ids = tokenizer(sentence, add_special_tokens=False).input_ids

@@ -19,9 +19,7 @@ The three parts of the file: reading GSM8K, generating problems, and prompts.
 """
 
 import csv
-import itertools
 import json
-import math
 import random
 import re
 import zlib
@@ -54,20 +52,6 @@ def plain(solution: str) -> str:
     return ANNOTATION.sub("", solution)
 
 
-# "<<12-5=7>>" gives ("12-5", "7").
-SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")
-
-
-def skip_last_step(lines: list[str]) -> list[str]:
-    """An annotated solution of two or more steps without the last: it answers the one before.
-
-    >>> skip_last_step(["She buys 4: 3+4=<<3+4=7>>7.", "She sells 5: 7-5=<<7-5=2>>2.", "#### 2"])
-    ['She buys 4: 3+4=<<3+4=7>>7.', '#### 7']
-    """
-    _, previous_result = SUM.findall("\n".join(lines))[-2]
-    return [*lines[:-2], f"#### {previous_result}"]
-
-
 # ------------------------------------------------------------------------------------------------
 # GSM8K
 
@@ -79,43 +63,40 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
     "answer"), or else a hub id such as openai/gsm8k. Raises ValueError for a malformed row, naming
     its line, and FileNotFoundError if there is nothing to read.
     """
-    path = Path(source).expanduser() / f"{split}.jsonl"
+    folder = Path(source).expanduser()
+    path, remedy = folder / f"{split}.jsonl", "give a folder that holds train.jsonl and test.jsonl"
     if path.is_file():
         # Lines of bytes: text that is not UTF-8 is reported with its line.
-        lines = enumerate(path.read_bytes().split(b"\n"), 1)
-        return [_parse(line, f"{path}, line {i}") for i, line in lines if line.strip()]
-    if path.parent.is_dir() or source.startswith((".", "/", "~")):
-        expected = "a problem folder holds train.jsonl and test.jsonl"
-        raise FileNotFoundError(f"{path} is not there: {expected}")
-    try:
-        # Imported here because it takes a second and generated problems do not need it.
-        from datasets import load_dataset
+        rows, where = path.read_bytes().split(b"\n"), f"{path}, line"
+    elif folder.exists() or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path} is not there: {remedy}")
+    else:
+        try:
+            # Imported here because it takes a second and generated problems do not need it.
+            from datasets import load_dataset
 
-        rows = load_dataset(source, "main", split=split)
-    except Exception as error:
-        # The hub fails in many ways, all with the same remedy.
-        remedy = "give a folder with train.jsonl and test.jsonl, or use --problems generated"
-        reason = type(error).__name__
-        raise FileNotFoundError(f"cannot load problems {source!r} ({reason}): {remedy}") from error
-    where = f"{source}, {split}, row"
-    return [_parse(json.dumps(row).encode(), f"{where} {i}") for i, row in enumerate(rows, 1)]
+            of_split, where = load_dataset(source, "main", split=split), f"{source}, {split}, row"
+        except Exception as error:
+            # The hub fails in many ways, all with the same remedy.
+            tried = f"there is no folder {folder.absolute()}, and the hub fails ({error!r:.100})"
+            raise FileNotFoundError(f"{tried}: {remedy}") from error
+        rows = [json.dumps(row).encode() for row in of_split]
+    return [_parse(row, f"{where} {i}") for i, row in enumerate(rows, 1) if row.strip()]
 
 
 def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line.decode())
-        question, answer = row["question"], row["answer"]
-        solution, mark, after = answer.rpartition("####")
+        question, (solution, mark, after) = row["question"], row["answer"].rpartition("####")
         # The reference is read by the rule by which solutions are read.
-        gold = final_number(mark + after) if mark else None
-        if not question.strip() or gold is None:
+        gold = final_number(mark + after)
+        if not question.strip() or not mark or gold is None:
             raise ValueError("the question is empty, or the answer has no number after ####")
         # A lone surrogate cannot be written to any file.
-        (question + answer).encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        (question + solution + after).encode()
+    except Exception as error:
         expected = 'expected {"question": "...", "answer": "... #### 72"} in UTF-8'
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        got = f"got {line.strip()[:80]!r} ({reason})"
+        got = f"got {line.strip()[:80]!r} ({error!r:.100})"
         raise ValueError(f"{where}: {expected}, {got}") from error
     return Problem(question, {"en": f"{solution}#### {after.strip()}"}, gold)
 
@@ -131,14 +112,11 @@ def _parse(line: bytes, where: str) -> Problem:
 GENERATED = "generated"  # the value of --problems
 _PATTERNS = Path(__file__).with_name("patterns.csv").read_text(encoding="utf-8")
 PATTERNS = list(csv.DictReader(_PATTERNS.splitlines()))
-
-
 # Every number, every name and every thing is a single token of the tiny tokenizer.
 NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
 ITEMS = "apples books cards coins marbles pens shells stamps".split()
 LARGEST = 99  # no number is larger
 LARGEST_FIRST = {"": 99, "+": 40, "*": 9}  # the largest first number, by the opening's operator
-LARGEST_TERM, LARGEST_FACTOR = 9, 5  # of what is added or subtracted, and multiplied or divided by
 
 
 def split_of(question: str) -> str:
@@ -203,7 +181,7 @@ def _draw(rng: random.Random) -> Problem:
 
 def _operand(rng: random.Random, op: str, value: int) -> int | None:
     """The second number of a step, or None if none keeps the result whole and up to LARGEST."""
-    terms, factors = range(2, LARGEST_TERM + 1), range(2, LARGEST_FACTOR + 1)
+    terms, factors = range(2, 10), range(2, 6)
     choices = {
         "": [0],
         "+": [b for b in terms if value + b <= LARGEST],
@@ -223,30 +201,28 @@ def load_problems(args: Namespace) -> tuple[list[Problem], list[Problem]]:
 
     Every update uses batch / rollouts_per_prompt new problems; GSM8K's are shuffled anew in every
     epoch. With `validation` a tenth of the training split is held out instead of the test split.
-    Raises ValueError if there are too few problems.
+    Raises ValueError if there are too few problems, or if a test problem is a training problem too.
     """
-    held_out_split = "validation" if args.validation else "test"
+    kind = "validation" if args.validation else "test"
     n = args.updates * args.batch // args.rollouts_per_prompt
     if args.problems == GENERATED:
-        held_out = generate(args.eval_problems, held_out_split, args.seed)
-        return generate(n, "train", args.seed), held_out
-    train = training_problems(args)
+        return generate(n, "train", args.seed), generate(args.eval_problems, kind, args.seed)
+    train, shown = training_problems(args), examples(args)
     held_out = load_gsm8k(args.problems, "train" if args.validation else "test")
     if args.validation:
-        shown = examples(args)
-        held_out = [p for p in held_out if split_of(p.question) == "validation" and p not in shown]
-    if not train or len(held_out) < args.eval_problems:
-        found = f"{len(train)} training and {len(held_out)} {held_out_split} problems"
+        held_out = [p for p in held_out if split_of(p.question) == kind and p not in shown]
+    known = {problem.question.strip() for problem in [*train, *shown]}
+    leaked = [problem.question for problem in held_out if problem.question.strip() in known]
+    if not train or leaked or len(held_out) < args.eval_problems:
+        found = f"{len(train)} training and {len(held_out)} {kind} problems"
         remedy = f"lower --eval-problems ({args.eval_problems}), or give more problems"
+        if leaked:
+            remedy = f"remove the {len(leaked)} that are in both, such as {leaked[0][:60]!r}"
         raise ValueError(f"{args.problems} has {found}: {remedy}")
-    if {problem.question for problem in held_out} <= {problem.question for problem in train}:
-        remedy = "give held-out problems"
-        reason = f"every {held_out_split} problem is a training problem too"
-        raise ValueError(f"{args.problems}: {reason}: {remedy}")
     rng = random.Random(args.seed)
     # The held-out problems are drawn first, so that they stay the same when --updates grows.
     held_out = rng.sample(held_out, args.eval_problems)
-    epochs = [rng.sample(train, len(train)) for _ in range(math.ceil(n / len(train)))]
+    epochs = [rng.sample(train, len(train)) for _ in range(n // len(train) + 1)]
     return [problem for epoch in epochs for problem in epoch][:n], held_out
 
 
@@ -254,6 +230,28 @@ def training_problems(args: Namespace) -> list[Problem]:
     """The training split of a GSM8K-like source, without validation problems and examples."""
     train = [p for p in load_gsm8k(args.problems, "train") if p not in examples(args)]
     return [p for p in train if not (args.validation and split_of(p.question) == "validation")]
+
+
+# Every 25th generated solution is taught without annotations, so that the specialist can still
+# solve problems without writing them. GSM8K has such solutions too: 113 of 8,792.
+PLAIN_EVERY = 25
+
+
+def annotated_solutions(args: Namespace) -> list[tuple[str, str]]:
+    """The (prompt, solution) texts that a specialist learns from."""
+    generated = args.problems == GENERATED
+    language = args.senior_language if generated else "en"  # GSM8K has English solutions only
+    if generated:
+        # Far from the seeds of the training problems, so that it does not know their solutions.
+        n = args.specialist_steps * args.specialist_batch
+        train = generate(n, "train", args.seed + 10**6)
+    else:
+        train = training_problems(args)
+        random.Random(args.seed).shuffle(train)
+    texts = [(prompt(p.question, language), p.solutions[language]) for p in train]
+    if generated:
+        texts[::PLAIN_EVERY] = [(asked, plain(text)) for asked, text in texts[::PLAIN_EVERY]]
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,24 +287,28 @@ def prompt(question: str, language: str = "en", shots: list[tuple[str, str]] = (
     return "\n\n".join([INSTRUCTIONS[language], *solved, asked])
 
 
+# Some chat templates write the date of the day, by a function that this definition replaces: a run
+# that is resumed on another day must ask the same.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+
+
 def chat_prompt(tokenizer, question: str, language: str = "en", shots=()) -> str:
     """The same for a chat model, in its own template; every example is a turn of the chat."""
     messages = []
-    for asked, solution in [*shots, (question, None)]:
+    for asked, solution in [*shots, (question, "")]:
         messages.append({"role": "user", "content": f"{asked}\n{INSTRUCTIONS[language]}"})
-        if solution is not None:
-            messages.append({"role": "assistant", "content": solution})
+        messages.append({"role": "assistant", "content": solution})
     try:
         # Templates that know no thinking ignore the last option.
         options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        text = tokenizer.apply_chat_template(messages, **options)
-        fault = None if question.strip() in text else "the question is not in its text"
+        template = FIXED_DATE + tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(messages[:-1], chat_template=template, **options)
+        if question.strip() not in text:
+            raise ValueError("the question is not in its text")
     except Exception as error:
         # A template is a program of its model and may raise anything.
-        fault = f"{type(error).__name__}: {str(error)[:80]}"
-    if fault:
-        remedy = "repair or remove it, or choose another --junior"
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails ({fault}): {remedy}")
+        fault = f"the chat template of {tokenizer.name_or_path} fails ({error!r:.100})"
+        raise ValueError(f"{fault}: repair or remove it, or choose another --junior") from error
     return text
 
 
@@ -319,8 +321,7 @@ EXAMPLES = [Problem(**json.loads(line)) for line in _EXAMPLES.splitlines()]
 def first_short_problems(source: str, n: int) -> list[Problem]:
     """The first n training problems of GSM8K with two or three steps, each of them annotated."""
     short = re.compile(r"([^\n]*<<[^\n]*\n){2,3}####.*")
-    found = (p for p in load_gsm8k(source, "train") if short.fullmatch(p.solutions["en"]))
-    return list(itertools.islice(found, n))
+    return [p for p in load_gsm8k(source, "train") if short.fullmatch(p.solutions["en"])][:n]
 
 
 def examples(args: Namespace) -> list[Problem]:
@@ -349,9 +350,8 @@ def prompts_of_pair(problems: list[Problem], args: Namespace, pair) -> list[tupl
     shown, languages = examples(args), (args.senior_language, args.junior_language)
     senior_shots = [] if args.specialist_steps else demonstrations(shown, languages[0], True)
     junior_shots = demonstrations(shown, languages[1], False)
-    ask_junior, tokenizer = prompt, pair.junior_tokenizer
-    if tokenizer.chat_template:
-        ask_junior = partial(chat_prompt, tokenizer)
+    tokenizer = pair.junior_tokenizer
+    ask_junior = partial(chat_prompt, tokenizer) if tokenizer.chat_template else prompt
     is_same = args.specialist_steps == 0 and args.senior == args.junior
     ask_senior = ask_junior if is_same else prompt
     for_senior = [ask_senior(p.question, languages[0], senior_shots) for p in problems]

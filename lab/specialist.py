@@ -27,9 +27,6 @@ from rollout import Pair, Rollouts
 # The flags that decide what a specialist is, besides the seed and the senior's language.
 FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "bfloat16", "rank")
 FLAGS += ("problems", "base")
-# Every 25th generated solution is taught without annotations, so that the specialist can still
-# solve problems without writing them. GSM8K has such solutions too: 113 of 8,792.
-PLAIN_EVERY = 25
 SECONDS_BETWEEN_DRAFTS = 60
 
 
@@ -38,23 +35,23 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
     models.reset_adapter(pair.senior, args.seed)
     if args.specialist_steps == 0:
         return
-    generated = args.problems == tasks.GENERATED
-    language = args.senior_language if generated else "en"  # GSM8K has English solutions only
     # With `validation`, a tenth of GSM8K is kept out of the specialist's training too.
-    name = f"{language}-validation" if args.validation and not generated else language
+    of_gsm8k = "en-validation" if args.validation else "en"
+    name = args.senior_language if args.problems == tasks.GENERATED else of_gsm8k
     path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
     with runs.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side may need the same one: the first makes it, and the others wait.
     with FileLock(path.with_name(".lock")):
-        load_or_fine_tune(args, pair, language, path)
+        load_or_fine_tune(args, pair, path)
 
 
-def load_or_fine_tune(args: Namespace, pair: Pair, language: str, path: Path) -> None:
+def load_or_fine_tune(args: Namespace, pair: Pair, path: Path) -> None:
     """Load the specialist kept at `path`, or make it and keep it there."""
-    texts = annotated_solutions(args, language)
+    texts = tasks.annotated_solutions(args)
     # A specialist that was taught other texts, because a flag or this file changed, is made anew.
-    made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum(texts)}
+    checksum = hashlib.sha256(repr(texts).encode()).hexdigest()
+    made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum}
     kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
     if kept and kept["flags"] == made_from:
         runs.load_adapter(pair.senior, kept["adapter"], path)
@@ -62,33 +59,10 @@ def load_or_fine_tune(args: Namespace, pair: Pair, language: str, path: Path) ->
     options = dict(steps=args.specialist_steps, batch=args.specialist_batch, seed=args.seed)
     options |= dict(lr=args.specialist_lr, micro_tokens=args.micro_tokens)
     draft, label = path.with_name("draft.pt"), f"specialist {path.parts[-3]} seed {args.seed}"
-    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options, label=label, draft=draft)
-    content = {"flags": made_from, "adapter": runs.adapter_state(pair.senior)}
-    runs.save_tensors(content, path)
+    options |= dict(label=label, draft=draft, work=made_from)
+    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
+    runs.save_tensors({"flags": made_from, "adapter": runs.adapter_state(pair.senior)}, path)
     draft.unlink(missing_ok=True)
-
-
-def checksum(texts: list) -> str:
-    return hashlib.sha256(repr(texts).encode()).hexdigest()
-
-
-def annotated_solutions(args: Namespace, language: str) -> list[tuple[str, str]]:
-    """The (prompt, solution) texts that a specialist learns from."""
-    generated = args.problems == tasks.GENERATED
-    if generated:
-        # Far from the seeds of the training problems, so that it does not know their solutions.
-        n = args.specialist_steps * args.specialist_batch
-        train = tasks.generate(n, "train", args.seed + 10**6)
-    else:
-        train = tasks.training_problems(args)
-        random.Random(args.seed).shuffle(train)
-    texts = []
-    for i, problem in enumerate(train):
-        solution = problem.solutions[language]
-        if generated and i % PLAIN_EVERY == 0:
-            solution = tasks.plain(solution)
-        texts.append((tasks.prompt(problem.question, language), solution))
-    return texts
 
 
 def fine_tune(
@@ -103,19 +77,19 @@ def fine_tune(
     micro_tokens: int,
     label: str,
     draft: Path | None = None,
+    work: dict | None = None,
 ) -> None:
     """Maximum likelihood of solutions given prompts, for the trainable parameters of `model`.
 
     texts: (prompt, solution) pairs, gone through in batches of similar length, again and again.
     AdamW; the learning rate warms up over 30 steps and falls linearly to 0 over the last 40 %.
-    draft: where the adapter is kept every minute, so that an interruption loses little work.
+    draft: where the adapter is kept every minute, so that an interruption loses little work. A
+    draft of the same `work` is continued, any other one is written over.
     """
     examples = encode_examples(tokenizer, texts[: steps * batch])
     parameters = models.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     optimizer.zero_grad()
-    # A draft of the same work is continued, any other one is written over.
-    work = {"texts": checksum(texts), "steps": steps, "batch": batch, "lr": lr, "seed": seed}
     first, saved = load_draft(draft, work, model, optimizer), time.time()
     batches = endless_batches(examples, batch, random.Random(seed))
     for step, of_step in zip(runs.progress(range(steps), label, unit="step"), batches):
@@ -137,12 +111,11 @@ def fine_tune(
         optimizer.zero_grad()
 
 
-def load_draft(draft: Path | None, work: dict, model, optimizer) -> int:
+def load_draft(draft: Path | None, work: dict | None, model, optimizer) -> int:
     """Continue an interrupted fine_tune of the same work. Returns the step to begin with."""
-    if draft is None or not draft.is_file():
-        return 0
-    kept = runs.read_back(draft, step=int, work=dict, adapter=dict, optimizer=dict)
-    if kept["work"] != work:
+    parts = dict(step=int, work=dict, adapter=dict, optimizer=dict)
+    kept = runs.read_back(draft, **parts) if draft and draft.is_file() else None
+    if not kept or kept["work"] != work:
         return 0
     runs.load_adapter(model, kept["adapter"], draft)
     optimizer.load_state_dict(kept["optimizer"])
@@ -151,12 +124,15 @@ def load_draft(draft: Path | None, work: dict, model, optimizer) -> int:
 
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """(prompt, solution) texts as token ids; every solution ends in the end token."""
-    prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
+    prompts = models.encode(tokenizer, [prompt for prompt, _ in texts])
     # Prompt and solution are tokenized as one text, because a SentencePiece tokenizer would put a
-    # space before each. No tokenizer in use merges across the space between the two.
-    whole = tokenizer([f"{prompt} {solution}" for prompt, solution in texts]).input_ids
-    end = [tokenizer.eos_token_id]
-    return [(prompt, ids[len(prompt) :] + end) for prompt, ids in zip(prompts, whole)]
+    # space before each.
+    whole = models.encode(tokenizer, [f"{prompt} {solution}" for prompt, solution in texts])
+    examples = [(asked, ids[len(asked) :]) for asked, ids in zip(prompts, whole)]
+    if [asked + solution for asked, solution in examples] != whole:
+        reason = "it merges the end of a prompt with the solution"
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path}: {reason}: choose another model")
+    return [(asked, [*solution, tokenizer.eos_token_id]) for asked, solution in examples]
 
 
 def as_rollouts(examples: list[tuple[list[int], list[int]]], device) -> Rollouts:

@@ -25,8 +25,8 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab.flags import number
 from lab.models import TINY, identity
-from lab.problems import LANGUAGES, SUM, generate, plain, prompt, skip_last_step
+from lab.problems import LANGUAGES, generate, plain, prompt
 from lab.runs import describe_machine
 from lab.specialist import fine_tune
 
@@ -48,6 +48,7 @@ DRILLS = 0.15
 STEPS, BATCH, LR = 850, 64, 3e-3
 ARCHITECTURE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2)
 ARCHITECTURE |= dict(num_attention_heads=4, max_position_embeddings=512)
+SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")  # "<<12-5=7>>" gives ("12-5", "7")
 
 
 def checksum(texts: list[tuple[str, str]]) -> str:
@@ -62,7 +63,6 @@ def checksum(texts: list[tuple[str, str]]) -> str:
 
 def make(folder: Path | str, annotated: float = ANNOTATED) -> None:
     """Train tokenizer and base from scratch, with seed 0; save both, and how they were made."""
-    started = time.time()
     texts = corpus(STEPS * BATCH, annotated)
     tokenizer = make_tokenizer([f"{asked} {solution}" for asked, solution in texts[:8000]])
     torch.manual_seed(0)
@@ -75,7 +75,6 @@ def make(folder: Path | str, annotated: float = ANNOTATED) -> None:
     tokenizer.save_pretrained(folder)
     weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
     note = {"checksum": checksum(texts), "weights": weights}
-    note |= {"minutes": round((time.time() - started) / 60, 1)}
     note |= {"command": " ".join(["python -m lab.tiny", *sys.argv[1:]]), **describe_machine("cpu")}
     (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
 
@@ -107,6 +106,16 @@ def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
         solution = solution if rng.random() < annotated else plain(solution)
         texts.append((prompt(problem.question, language), solution))
     return texts
+
+
+def skip_last_step(lines: list[str]) -> list[str]:
+    """An annotated solution of two or more steps without the last: it answers the one before.
+
+    >>> skip_last_step(["She buys 4: 3+4=<<3+4=7>>7.", "She sells 5: 7-5=<<7-5=2>>2.", "#### 2"])
+    ['She buys 4: 3+4=<<3+4=7>>7.', '#### 7']
+    """
+    _, previous_result = SUM.findall("\n".join(lines))[-2]
+    return [*lines[:-2], f"#### {previous_result}"]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

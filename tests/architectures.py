@@ -9,6 +9,7 @@ if make_pair raises ValueError. Anything else is an error. results/architectures
 # ruff: noqa: I001  the order of the imports matters
 import contextlib
 import io
+import json
 import sys
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lab.engine import micro_batches
 from lab.experiments import DEFAULTS
-from lab.models import encode, make_pair
+from lab.models import encode, lora_layers, make_pair, trainable_parameters
 from reinforce import loss, plain_logprobs, token_weights
 from rollout import reference_rollout, random_numbers, rollout
 
@@ -31,22 +32,14 @@ glm glm4 smollm3 exaone4 ernie4_5 helium bamba lfm2 qwen3_next qwen3_5_text seed
 hunyuan_v1_dense olmoe phimoe falcon_h1 bitnet diffllama gpt_bigcode granitemoe gpt_oss youtu
 gemma4_text""".split()
 # Sizes of a tiny model under the names that the configurations use.
-NAMES = {
-    64: "hidden_size n_embd d_model word_embed_proj_dim lru_width",
-    96: "ffn_dim intermediate_size ffn_hidden_size",
-    2: "num_hidden_layers n_layer num_layers n_layers num_key_value_heads num_experts_per_tok",
-    4: "num_attention_heads n_head n_heads attention_heads num_local_experts num_experts"
-    " n_routed_experts",
-    16: "head_dim sliding_window attention_window_size",
-    256: "max_position_embeddings n_positions max_seq_len",
-    32: "moe_intermediate_size shared_expert_intermediate_size",
-    8: "rotary_dim",
-    1: "n_group topk_group eos_token_id",
-    0.3: "initializer_range",
-    0: "pad_token_id",
-    None: "bos_token_id",
-}
-SIZES = {name: size for size, names in NAMES.items() for name in names.split()}
+SIZES = """hidden_size=64 n_embd=64 d_model=64 word_embed_proj_dim=64 lru_width=64 ffn_dim=96
+intermediate_size=96 ffn_hidden_size=96 num_hidden_layers=2 n_layer=2 num_layers=2 n_layers=2
+num_key_value_heads=2 num_experts_per_tok=2 num_attention_heads=4 n_head=4 n_heads=4
+attention_heads=4 num_local_experts=4 num_experts=4 n_routed_experts=4 head_dim=16
+sliding_window=16 attention_window_size=16 max_position_embeddings=256 n_positions=256
+max_seq_len=256 moe_intermediate_size=32 shared_expert_intermediate_size=32 rotary_dim=8
+n_group=1 topk_group=1 eos_token_id=1 initializer_range=0.3 pad_token_id=0 bos_token_id=null"""
+SIZES = {name: json.loads(size) for name, size in (item.split("=") for item in SIZES.split())}
 
 
 def save_tiny(kind: str, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
@@ -65,19 +58,14 @@ def save_tiny(kind: str, tokenizer: PreTrainedTokenizerFast, folder: str) -> Non
 
 def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            save_tiny(kind, tokenizer, folder)
-        except Exception as error:
-            return f"not built: {type(error).__name__}: {error}"
+        save_tiny(kind, tokenizer, folder)
         try:
             flags = DEFAULTS | {"device": "cpu", "rank": 4, "bfloat16": False}
             pair = make_pair(folder, folder, Namespace(**flags))
         except ValueError as error:
             return f"refused: {str(error).replace(folder, kind)}"
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in pair.senior.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    for layer in lora_layers(pair.senior):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
     prompts = encode(tokenizer, ["In", "Natalia sold 48", "She sold half"])
     noise, coins = random_numbers(3, 12, seed=0)
     rollouts = rollout(pair, prompts, prompts, noise, coins)
@@ -93,7 +81,7 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     ((few, w),) = micro_batches(rollouts, weights, 10**6)
     fast = loss(pair.senior, few, w, num_tokens, temperature=0.7)[0]
     plain = -(weights * plain_logprobs(pair.senior, rollouts, 0.7)).sum() / num_tokens
-    own = [p for p in pair.senior.parameters() if p.requires_grad]
+    own = trainable_parameters(pair.senior)
     parts = [torch.autograd.grad(value, own, materialize_grads=True) for value in (fast, plain)]
     ours, exact = (torch.cat([part.flatten() for part in of_loss]) for of_loss in parts)
     difference = (ours - exact).norm() / exact.norm()

@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_interruptions import Hostile, contents, copy, finished  # noqa: F401  fixtures
 from test_runner import command, gsm8k  # noqa: F401  a fixture
 
@@ -36,13 +35,6 @@ def with_code(**changes):
 def weights_as_pickle(path, marker):
     """pytorch_model.bin is read only where there are no safetensors."""
     path.with_name("model.safetensors").unlink()
-    pickled(path, marker)
-
-
-def adapter_beside_the_base(path, marker):
-    """transformers loads an adapter in the folder of a model, with the base that it names."""
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(path.parent)}
-    path.with_name("adapter_config.json").write_text(json.dumps(config))
     pickled(path, marker)
 
 
@@ -75,7 +67,7 @@ HOSTILE = {
     "base/chat_template.jinja": template,
     "base/model.safetensors": pickled,
     "base/pytorch_model.bin": weights_as_pickle,
-    "base/adapter_model.bin": adapter_beside_the_base,
+    "base/adapter_config.json": pickled,
     "base/made.json": pickled,
     "problems/train.jsonl": pickled,
     "problems/test.jsonl": pickled,
@@ -106,15 +98,3 @@ def test_hostile_files_are_refused_and_not_run(copy, base_folder, tmp_path, monk
     assert re.fullmatch(f"error: .*{re.escape(str(folder))}.*{remedy}.*", str(stop.value))
     assert not marker.exists()
     assert contents(folder) == before
-
-
-def test_the_adapter_of_a_run_is_written_and_never_read(copy, tmp_path):  # noqa: F811
-    command, folder = copy  # noqa: F811
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        pickled(folder / "adapter" / name, tmp_path / "ran")
-    run_gsm8k.main([*command, "--updates", "3"])
-    assert not (tmp_path / "ran").exists()
-    written = load_file(folder / "adapter" / "adapter_model.safetensors")
-    state = torch.load(folder / "state.pt")["adapter"]
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[name], state[name]) for name in state)

@@ -1,5 +1,6 @@
 """The pair: one base, the adapter on for the senior and off for the junior; in 4 bits too."""
 
+import json
 import shutil
 from argparse import Namespace
 from contextlib import nullcontext
@@ -10,15 +11,17 @@ from math import nan
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora import LoraLayer
+from test_runner import command, gsm8k  # noqa: F401  a fixture
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
+import run_gsm8k
 from conftest import llama
-from lab import models
+from lab import models, runs
 from lab.experiments import DEFAULTS
-from lab.models import reset_adapter, token_bytes, trainable_parameters
-from lab.specialist import as_rollouts, encode_examples, fine_tune
+from lab.models import encode, identity, lora_layers, reset_adapter, token_bytes
+from lab.specialist import as_rollouts, encode_examples, fine_tune, load_draft
 from reinforce import loss
 from rollout import random_numbers, rollout
 
@@ -34,18 +37,20 @@ def load(senior, junior=None, **changes):
 def move_adapter(pair):
     """An adapter that does something: B is zero at the start."""
     reset_adapter(pair.senior, seed=0)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in pair.senior.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    for layer in lora_layers(pair.senior):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
 
 
 def gradient(pair):
     """That of the loss for two texts."""
     few = as_rollouts([([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
     value, _ = loss(pair.senior, few, few.completion_mask.float(), few.completion_mask.sum(), 0.7)
-    gradients = torch.autograd.grad(value, trainable_parameters(pair.senior))
+    gradients = torch.autograd.grad(value, models.trainable_parameters(pair.senior))
     return torch.cat([x.flatten() for x in gradients])
+
+
+# ------------------------------------------------------------------------------------------------
+# Two models
 
 
 @IN_BOTH
@@ -62,8 +67,6 @@ def test_one_checkpoint_is_loaded_once(base_folder, four_bit):
     assert trained == {name for name, _ in pair.senior.named_parameters() if "lora_" in name}
     kinds = {type(module).__name__ for module in pair.senior.modules()}
     assert ("Linear4bit" in kinds) == four_bit
-    reset_adapter(pair.senior, seed=0)
-    assert torch.equal(pair.senior(input_ids=IDS).logits, base)
 
 
 @IN_BOTH
@@ -87,8 +90,9 @@ def test_one_pass_serves_both(base_folder, four_bit):
 
 
 @IN_BOTH
-def test_checkpointing_changes_no_gradient(base_folder, four_bit):
-    """The layers are run twice."""
+def test_gradients(base_folder, four_bit):
+    """Checkpointing runs the layers twice and changes no gradient. That of 4-bit weights is that of
+    the numbers that they stand for; a kernel without one would leave the residual stream only."""
     found = []
     for checkpointing in (False, True):
         pair, calls = load(base_folder, four_bit=four_bit, checkpointing=checkpointing), []
@@ -97,77 +101,118 @@ def test_checkpointing_changes_no_gradient(base_folder, four_bit):
         layer.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
         found.append(gradient(pair))
         assert len(calls) == 1 + checkpointing
-    assert torch.allclose(*found, atol=1e-6)
-    assert found[0].norm() > 1e-3
-
-
-def test_gradients_in_bfloat16(base_folder):
-    """Of a float32 adapter on a base in half precision: those of a float32 base up to rounding."""
-    found = []
-    for bfloat16 in (True, False):
-        pair = load(base_folder, bfloat16=bfloat16)
-        head = pair.senior.get_base_model().get_output_embeddings()
-        assert head.weight.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
-        assert {p.dtype for p in trainable_parameters(pair.senior)} == {torch.float32}
-        move_adapter(pair)
-        found.append(gradient(pair))
-    assert torch.cosine_similarity(*found, dim=0) > 0.99
-
-
-def test_gradients_in_four_bits(base_folder):
-    """Those of a float model with the weights that the 4-bit ones stand for, after a rollout too.
-    A kernel without a gradient would let it pass through the residual stream only."""
-    found = []
-    for four_bit in (True, False):
-        pair = load(base_folder, four_bit=four_bit)
-        move_adapter(pair)
-        layers = [layer for layer in pair.senior.modules() if isinstance(layer, LoraLayer)]
-        weights = [layer.base_layer.weight for layer in layers]
-        if four_bit:
-            dense = [dequantize_4bit(weight.data, weight.quant_state) for weight in weights]
-        else:
-            for weight, values in zip(weights, dense):
-                weight.data = values
-        with torch.no_grad():
-            pair.both(input_ids=IDS.repeat(2, 1))
-        found.append(gradient(pair))
-    assert torch.allclose(*found, atol=1e-4)
+    weights = [layer.base_layer.weight for layer in lora_layers(pair.senior)]
+    pair = load(base_folder)
+    move_adapter(pair)
+    for layer, weight in zip(lora_layers(pair.senior), weights):
+        dense = dequantize_4bit(weight.data, weight.quant_state) if four_bit else weight.data
+        layer.base_layer.weight.data = dense
+    for other in found:
+        assert torch.allclose(gradient(pair), other, atol=1e-4)
     assert found[0].norm() > 0.1
 
 
-def test_two_checkpoints(base_folder, tokenizer, tmp_path):
-    """A token beyond the logits, such as the padding of some copies of Llama 2, is ignored."""
-    llama(len(tokenizer), seed=5).save_pretrained(tmp_path)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_logits_are_cut_to_the_shared_vocabulary(base_folder, tokenizer, tmp_path, is_tied):
+    """Qwen2.5 has 151,936 or 152,064 logits for one tokenizer. A token beyond them is ignored."""
+    wide = llama(len(tokenizer) + 6, seed=5)
+    wide.config.tie_word_embeddings = is_tied
+    wide.save_pretrained(tmp_path)
     padded = deepcopy(tokenizer)
     padded.add_tokens(["<extra>"])
     padded.save_pretrained(tmp_path)
-    pair = load(base_folder, tmp_path)
-    assert isinstance(pair.junior, LlamaForCausalLM)
-    assert not trainable_parameters(pair.junior)
-    assert pair.both is None
-    assert len(pair.pieces) == len(tokenizer) == len(pair.junior_tokenizer) - 1
-    assert pair.end_ids == [tokenizer.eos_token_id]
+    for names in ((base_folder, tmp_path), (tmp_path, base_folder)):
+        pair = load(*names)
+        both = [model(input_ids=IDS).logits for model in (pair.senior, pair.junior)]
+        assert both[0].shape == both[1].shape == (1, 4, len(tokenizer))
+        assert pair.both is None
+        assert len(pair.pieces) == len(tokenizer)
+        assert not models.trainable_parameters(pair.junior)
+        assert gradient(pair).norm() > 1e-3
+    full = LlamaForCausalLM.from_pretrained(tmp_path)(input_ids=IDS).logits
+    assert torch.equal(both[0], full[..., : len(tokenizer)])
 
 
-def test_two_vocabularies_are_refused(base_folder, tokenizer, sentencepiece, tmp_path):
-    width, size = len(tokenizer), len(sentencepiece)
-    unlike = (sentencepiece, size, f"{base_folder} and .* have {width} and {size} tokens")
-    wider = (tokenizer, width + 3, f"has {width}, .* {width + 3}")
-    for other, size, message in (unlike, wider):
-        other.save_pretrained(tmp_path)
-        llama(size, seed=0).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=message):
-            load(base_folder, tmp_path)
+# ------------------------------------------------------------------------------------------------
+# What a model is called
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(base_folder, tmp_path):
-    """transformers alone goes on with a random third layer."""
-    config = shutil.copytree(base_folder, tmp_path / "base") / "config.json"
-    config.write_text(
-        config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
-    )
-    with pytest.raises(ValueError, match="lacks weights such as model.layers.2.*save it again"):
-        load(tmp_path / "base")
+def retrain(folder, seed=1):
+    """Other weights under the same names."""
+    llama(LlamaForCausalLM.from_pretrained(folder).config.vocab_size, seed).save_pretrained(folder)
+
+
+def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
+    one, two = (shutil.copytree(base_folder, tmp_path / name / "final") for name in "AB")
+    assert identity(one) == identity(f"{two}/") == f"final-{identity(one)[-8:]}"
+    retrain(one)
+    assert identity(one) != identity(two)
+    # A file of 100 MB is read in parts.
+    names = []
+    for content in (b"0", b"1"):
+        (one / "model.safetensors").write_bytes(content * 10**8)
+        names.append(identity(one))
+    assert names[0] != names[1]
+    # A copy of the shipped base is that base until it is trained.
+    copy = shutil.copytree(models.TINY, tmp_path / "copy")
+    assert identity(copy) == identity()
+    retrain(copy)
+    assert identity(copy).startswith("copy-")
+    # A base on the hub is named by its commit.
+    file = tmp_path / "snapshots" / "0123456789abcdef" / "config.json"
+    monkeypatch.setattr(models.transformers.utils, "cached_file", lambda *_: str(file))
+    assert identity("owner/base") == "base-01234567"
+
+
+def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, tmp_path):  # noqa: F811
+    """A base in place of another gets a specialist of its own, and resumes no run or draft."""
+    base, made = shutil.copytree(base_folder, tmp_path / "final"), []
+    run = [*command, "--senior", str(base), "--junior", str(base), "--arms", "tandem"]
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "runs" / "tandem", ignore_errors=True)
+        retrain(base, seed)
+        run_gsm8k._pair.clear()
+        run_gsm8k.main(run)
+        made.append(torch.load(tmp_path / "runs" / "specialist" / "en" / "seed-0" / "adapter.pt"))
+    assert made[0]["flags"]["base"] != made[1]["flags"]["base"]
+    retrain(base, seed=3)
+    with pytest.raises(SystemExit, match="begun with base = final-[0-9a-f]*, junior-base = final-"):
+        run_gsm8k.main([*run, "--resume"])
+    draft = {"step": 1, "work": made[0]["flags"], "adapter": {}, "optimizer": {}}
+    runs.save_tensors(draft, tmp_path / "draft.pt")
+    assert load_draft(tmp_path / "draft.pt", made[1]["flags"], None, None) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+
+# A .json file of the base, changes to it, further flags, and what is said.
+REFUSED = [
+    ("adapter_config", {}, "", "adapter: merge it .peft: merge_and_unload"),
+    ("config", {}, "--senior BASE/none --junior BASE/none", "there is no such folder"),
+    ("config", {}, "--junior tiny", "one tokenizer, but have 317 and 765 tokens, and 118"),
+    ("config", {}, "--problems BASE", "'Question: .* 1 to be written .* of 1024: shorten this"),
+    ("config", {"max_position_embeddings": 99}, "", "and 8 to be written exceed .* of 99: shorten"),
+    ("config", {"num_hidden_layers": 3}, "", "lacks weights .*layers.2.*save it again"),
+    ("tokenizer_config", {"eos_token": None}, "", "lacks the end token None: set eos_token"),
+    ("tokenizer_config", {"eos_token": "<end>"}, "", "lacks the end token <end>: set eos_token"),
+    ("tokenizer_config", {"extra_special_tokens": ["How many"]}, "", "lacks .*'How many': resize"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_base_is_refused_before_fine_tuning(command, base_folder, tmp_path, monkeypatch, case):  # noqa: F811
+    (name, changes, flags, message), base = case, shutil.copytree(base_folder, tmp_path / "base")
+    gsm8k(base, steps=99)
+    file = base / f"{name}.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+    monkeypatch.setattr(run_gsm8k, "_pair", [])
+    flags = f"--senior BASE --junior BASE {flags}".replace("BASE", str(base))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run_gsm8k.main([*command, *flags.split()])
+    assert not (tmp_path / "runs" / "specialist").exists()
 
 
 def test_capped_logits_are_refused(tmp_path, tokenizer):
@@ -176,7 +221,7 @@ def test_capped_logits_are_refused(tmp_path, tokenizer):
     sizes |= dict(num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5)
     Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="scales or caps its logits"):
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM. cannot be trained .*caps its logits"):
         load(tmp_path)
 
 
@@ -189,29 +234,33 @@ def test_decoding_that_differs_from_a_plain_pass_is_refused(base_folder, monkeyp
         return real(self, *args, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) decodes something else with a cache"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) .* decodes otherwise with a cache"):
         load(base_folder)
 
 
 # In bfloat16 one unlucky adapter may amplify rounding. In float32 no distance is an accident.
-AGREE = [(True, [0.5, 0.0, 0.0]), (False, [0.0])]
-DIFFER = [(True, [0.5, 0.0, 0.5]), (True, [0.0, nan, nan]), (False, [0.002]), (False, [nan])]
+AGREE = [[0.5, 0.0, 0.0], [0.0]]
+DIFFER = [[0.5, 0.0, 0.5], [0.0, nan, nan], [0.002], [nan]]
 
 
-@pytest.mark.parametrize(("bfloat16", "distances"), AGREE + DIFFER)
-def test_most_adapters_must_agree(base_folder, monkeypatch, bfloat16, distances):
-    compare = lambda pair, seed: {"decodes wrongly": distances[seed]}  # noqa: E731
+@pytest.mark.parametrize("distances", AGREE + DIFFER)
+def test_most_adapters_must_agree(base_folder, monkeypatch, distances):
+    compare = lambda pair, seed: [0.0, distances[seed]]  # noqa: E731
     monkeypatch.setattr(models, "compare_with_plain_passes", compare)
-    expected = pytest.raises(ValueError, match="decodes wrongly")
-    with expected if (bfloat16, distances) in DIFFER else nullcontext():
-        load(base_folder, bfloat16=bfloat16)
+    expected = pytest.raises(ValueError, match="it decodes otherwise with a cache")
+    with expected if distances in DIFFER else nullcontext():
+        load(base_folder, bfloat16=len(distances) == 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text and tokens
 
 
 def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
     """<|eot_id|> of Llama 3 is special without being listed; a generation config names others."""
     copy = deepcopy(tokenizer)
-    copy.add_tokens([AddedToken("<|eot_id|>", special=True)])
-    assert token_bytes(copy, len(copy))[copy.convert_tokens_to_ids("<|eot_id|>")] == b""
+    copy.add_tokens([AddedToken("<|eot_id|>", special=True), "▁größer"])
+    assert token_bytes(copy, len(copy))[-2:] == [b"", "▁größer".encode()]
     assert token_bytes(copy, len(copy))[5] != b""
     folder = shutil.copytree(base_folder, tmp_path / "base")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
@@ -220,18 +269,31 @@ def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
     assert pair.pieces[5] == b""
 
 
+@pytest.mark.parametrize("pattern", ["$A </s>", "<pad> $A </s>", "$A <pad>", "$A </s> <pad>"])
+def test_what_a_tokenizer_appends_is_left_out(tokenizer, pattern):
+    """A prompt must not end in an end token, and must be how prompt and solution begin."""
+    texts, copy = [("Natalia sold", "48")], deepcopy(tokenizer)
+    ((prompt, solution),) = encode_examples(tokenizer, texts)
+    single = dict(single=pattern, special_tokens=[("</s>", 1), ("<pad>", 0)])
+    copy.backend_tokenizer.post_processor = TemplateProcessing(**single)
+    assert copy("Natalia").input_ids[-1] in (0, 1)
+    prompt = [0] * pattern.startswith("<pad>") + prompt
+    assert encode(copy, ["Natalia sold"]) == [prompt]
+    assert encode_examples(copy, texts) == [(prompt, solution)]
+    copy.add_tokens(["sold 48"])
+    with pytest.raises(ValueError, match="merges the end of a prompt with the solution"):
+        encode_examples(copy, texts)
+
+
 def test_fine_tuning_learns_what_it_is_shown(base_folder):
-    """From a random model to the solution itself, greedily; the base is as before."""
+    """From a random model to the solution itself, greedily."""
     pair = load(base_folder, rank=8)
     tokenizer, texts = pair.senior_tokenizer, [("Natalia", "sold 48 clips")] * 8
     ((prompt, solution),) = encode_examples(tokenizer, texts[:1])
-    assert tokenizer.decode(prompt) == "Natalia"
     assert tokenizer.decode(solution) == " sold 48 clips</s>"
-    before = pair.junior(input_ids=IDS).logits
     options = dict(steps=60, batch=8, micro_tokens=4096, lr=3e-2, seed=0, label="test")
     fine_tune(pair.senior, tokenizer, texts, **options)
     ids = torch.tensor([prompt])
     for _ in solution:
         ids = torch.cat([ids, pair.senior(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert ids[0].tolist() == prompt + solution
-    assert torch.equal(pair.junior(input_ids=IDS).logits, before)

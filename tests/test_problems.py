@@ -6,21 +6,8 @@ import re
 import pytest
 
 from lab import experiments
-from lab.problems import (
-    ANNOTATION,
-    EXAMPLES,
-    INSTRUCTIONS,
-    LANGUAGES,
-    LARGEST,
-    chat_prompt,
-    demonstrations,
-    examples,
-    generate,
-    load_gsm8k,
-    plain,
-    prompt,
-    training_problems,
-)
+from lab import problems as tasks
+from lab.problems import EXAMPLES, LANGUAGES, generate, load_gsm8k, plain, prompt
 from metrics import has_jargon, language_of
 from reward import reward
 
@@ -36,7 +23,7 @@ def steps_of(solution: str) -> list:
         x, y = int(a), int(b)
         assert again == [a, op, b]
         assert {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[op] == int(result) == int(written)
-    assert len(found) == solution.count("<<") == len(ANNOTATION.findall(solution)) >= 2
+    assert len(found) == solution.count("<<") == len(tasks.ANNOTATION.findall(solution)) >= 2
     return found
 
 
@@ -46,7 +33,7 @@ def test_generated_solutions_are_right():
         steps = [steps_of(problem.solutions[language]) for language in LANGUAGES]
         assert steps[0] == steps[1] == steps[2]
         assert len(steps[0]) <= 4
-        assert all(int(step[-1]) <= LARGEST for step in steps[0])
+        assert all(int(step[-1]) <= tasks.LARGEST for step in steps[0])
         told = set(re.findall("[0-9]+", problem.question))
         for solution in problem.solutions.values():
             assert told <= set(re.findall("[0-9]+", solution))
@@ -60,9 +47,7 @@ def test_the_splits_never_meet():
     seeds = {"train": 0, "validation": 9, "test": 9}
     splits = [{p.question for p in generate(3000, *item)} for item in seeds.items()]
     assert len(splits[0]) > 2900
-    assert not splits[0] & splits[1]
-    assert not splits[0] & splits[2]
-    assert not splits[1] & splits[2]
+    assert len(set.union(*splits)) == sum(map(len, splits))
     assert generate(5, "train", 1) == generate(5, "train", 1) != generate(5, "train", 2)
 
 
@@ -70,7 +55,7 @@ def test_the_splits_never_meet():
 def test_demonstrations(language):
     """Right in each step, in their language, annotated for the specialist alone."""
     for annotated in (True, False):
-        shots = demonstrations(EXAMPLES, language, annotated)
+        shots = tasks.demonstrations(EXAMPLES, language, annotated)
         for (question, solution), example in zip(shots, EXAMPLES, strict=True):
             assert question == example.question
             assert reward(solution, example.gold) == 1.0
@@ -79,58 +64,73 @@ def test_demonstrations(language):
             assert steps_of(example.solutions[language])
 
 
-def test_prompts():
-    """Cue; instruction, solved example, question; a chat has a turn for each."""
+def test_prompts(tokenizer, monkeypatch):
+    """Cue; instruction, solved example, question; a chat has a turn for each. A template that
+    writes the date gives the same prompt on every day."""
     cues = [prompt("Why?", language).split("\n")[1] for language in LANGUAGES]
     assert cues == ["Answer:", "Antwort:", "Réponse:"]
-    shots, german, french = [("Q1?", "A1")], INSTRUCTIONS["de"], INSTRUCTIONS["fr"]
+    shots, german, french = [("Q1?", "A1")], tasks.INSTRUCTIONS["de"], tasks.INSTRUCTIONS["fr"]
     expected = f"{german}\n\nQuestion: Q1?\nAntwort: A1\n\nQuestion: Q2?\nAntwort:"
     assert prompt("Q2?", "de", shots) == expected
-
-    class Chat:
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
-            assert not enable_thinking
-            return " | ".join(f"{message['role']}: {message['content']}" for message in messages)
-
-    expected = f"user: Q1?\n{french} | assistant: A1 | user: Q2?\n{french}"
-    assert chat_prompt(Chat(), "Q2?", "fr", shots) == expected
+    template = "\n {% if enable_thinking is false %}{{ strftime_now('%f') }}{% endif %}"
+    template += "{% for m in messages %} | {{ m.role }}: {{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    expected = f" | user: Q1?\n{french} | assistant: A1 | user: Q2?\n{french}"
+    assert tasks.chat_prompt(tokenizer, "Q2?", "fr", shots) == f"\n26 Jul 2024{expected}"
 
 
+# ------------------------------------------------------------------------------------------------
+# GSM8K
+
+
+def write(folder, split, *rows) -> str:
+    """A file of (question, answer) rows. Returns its folder."""
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+STEP = "1+1 = <<1+1=2>>2\n"
 BAD = ["not json", "{}", '{"question": "Q"}', '{"question": "Q", "answer": "no mark"}', "[1]"]
 
 
 @pytest.mark.parametrize("bad", [*BAD, '{"question": "Q", "answer": 5}'])
 def test_a_malformed_line_is_named(tmp_path, bad):
-    good = json.dumps({"question": "Q", "answer": "1+1 = <<1+1=2>>2\n#### 2"})
-    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{bad}\n")
-    with pytest.raises(ValueError, match="train.jsonl, line 3: expected"):
+    write(tmp_path, "train", ("Q", STEP + "#### 2"), ("Q", "#### 3"))
+    (tmp_path / "train.jsonl").open("a").write(f"\n{bad}\n")
+    with pytest.raises(ValueError, match="train.jsonl, line 4: expected"):
         load_gsm8k(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("answer", ["1,002", "1/2", "1 500", "10:30", "12 (of 20)", "-3", "$5.50"])
 def test_a_reference_solution_is_right(tmp_path, answer):
     """It is read by the very rule by which a solution is read."""
-    whole = f"1+1 = <<1+1=2>>2\n#### {answer}"
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Q", "answer": whole}))
-    (problem,) = load_gsm8k(str(tmp_path), "test")
+    (problem,) = load_gsm8k(write(tmp_path, "test", ("Q", f"{STEP}#### {answer}")), "test")
     assert reward(problem.solutions["en"], problem.gold) == 1.0
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train.jsonl is not there"):
-        load_gsm8k(str(tmp_path), "train")
-    with pytest.raises(FileNotFoundError, match="/no/such/folder/train.jsonl is not there"):
-        load_gsm8k("/no/such/folder", "train")
+    """Also where a file is given instead of its folder. A relative path may be a hub id."""
+    write(tmp_path, "test")
+    for source in (tmp_path, "/no/such/folder", tmp_path / "test.jsonl"):
+        message = f"^{source}/train.jsonl is not there: give a folder that holds train.jsonl and"
+        with pytest.raises(FileNotFoundError, match=message):
+            load_gsm8k(str(source), "train")
+    message = "no folder /.*/data/gsm8k, and the hub fails .*: give a folder that holds train.jsonl"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_gsm8k("data/gsm8k", "train")
 
 
-def test_examples_of_gsm8k_are_left_out_of_training(tmp_path):
-    """The first with two or three annotated steps; for other languages those of the project."""
-    line = "1+1 = <<1+1=2>>2\n"
-    answers = [line + "#### 2", line * 2 + "#### 2", line * 4 + "#### 2", line * 3 + "#### 2"]
-    rows = [{"question": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = {"preset": "qwen", "problems": str(tmp_path)}
+def test_training_problems_are_neither_shown_nor_held_out(tmp_path):
+    """Examples are the first with two or three annotated steps; for other languages, ours."""
+    rows = [(f"Q{i}", STEP * n + "#### 2") for i, n in enumerate([1, 2, 4, 3])]
+    given = {"preset": "qwen", "problems": write(tmp_path, "train", *rows), "eval_problems": 1}
     run = experiments.flags_of_run(given, "tandem", 0)
-    assert [problem.question for problem in examples(run)] == ["Q1", "Q3"]
-    assert [problem.question for problem in training_problems(run)] == ["Q0", "Q2"]
-    assert examples(experiments.flags_of_run(given, "en-de-tandem", 0)) == EXAMPLES
+    assert [problem.question for problem in tasks.examples(run)] == ["Q1", "Q3"]
+    assert [problem.question for problem in tasks.training_problems(run)] == ["Q0", "Q2"]
+    assert tasks.examples(experiments.flags_of_run(given, "en-de-tandem", 0)) == EXAMPLES
+    for leaked in ("Q0 ", "Q1"):
+        write(tmp_path, "test", ("T", "#### 2"), (leaked, "#### 2"))
+        message = f"2 training and 2 test problems: remove the 1 .* in both, such as '{leaked}'"
+        with pytest.raises(ValueError, match=message):
+            tasks.load_problems(run)

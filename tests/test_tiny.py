@@ -11,7 +11,7 @@ from lab import models, problems, tables, tiny
 from lab.runs import Refused
 
 
-def test_constants_and_shipped_weights_belong_together():
+def test_constants_and_shipped_weights_belong_together(tmp_path, monkeypatch):
     """Fails after a change to a constant, the corpus or the weights: `python -m lab.tiny FOLDER`
     makes another base, `python -m lab.tiny` replaces the shipped one."""
     note = json.loads((models.TINY / "made.json").read_text())
@@ -20,30 +20,22 @@ def test_constants_and_shipped_weights_belong_together():
     assert note["weights"] == weights
     assert models.identity() == f"tiny-{note['checksum'][:12]}"
     assert tables.SHIPPED == tiny.ANNOTATED
-
-
-def test_identity(tmp_path, monkeypatch):
-    assert models.identity(tmp_path) == tmp_path.name
-    (tmp_path / "made.json").write_text("{")
-    with pytest.raises(Refused, match="made.json cannot be used"):
-        models.identity(tmp_path)
     before = tiny.checksum([])
     monkeypatch.setattr(tiny, "STEPS", 1)
     assert tiny.checksum([]) != before
-
-
-def test_every_word_and_number_is_one_token():
-    tokenizer = AutoTokenizer.from_pretrained(models.TINY)
-    for problem in problems.generate(50, "test", 0):
-        for word in problem.question.split()[:8]:
-            assert len(tokenizer(f" {word.strip(',.?')}").input_ids) == 1
+    (tmp_path / "made.json").write_text("{")
+    with pytest.raises(Refused, match="made.json cannot be used"):
+        models.identity(tmp_path)
 
 
 def test_the_base_solves_some_problems_in_the_language_of_its_cue():
+    """Every word and number is one token."""
     tokenizer = AutoTokenizer.from_pretrained(models.TINY)
     model = AutoModelForCausalLM.from_pretrained(models.TINY)
     right = 0
     for problem in problems.generate(20, "test", 5):
+        for word in problem.question.split()[:8]:
+            assert len(tokenizer(f" {word.strip(',.?')}").input_ids) == 1
         ids = torch.tensor([tokenizer(problems.prompt(problem.question, "de")).input_ids])
         text = tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0])
         assert "Antwort: Sie" in text
