@@ -29,14 +29,13 @@ A run writes to OUT/<arm>/seed-<k>/; lab/runs.py says what.
 # ruff: noqa: I001  `lab` comes first: it sets an environment variable that torch reads
 import lab  # noqa: F401
 import argparse
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from lab import engine, figures, flags, measures, models, runs, viewer
+from lab import engine, figures, flags, jobs, measures, models, runs, terminal, viewer
 from lab import problems as tasks
 from lab.experiments import ABOUT, ARMS, DEFAULTS, PRESETS, SETTINGS, flags_of_run
 from lab.flags import name, number
@@ -65,8 +64,7 @@ def train(args: Namespace, pair: Pair) -> None:
     if last < 0:
         finish_update({"update": 0}, args, pair, optimizer, held_out, kept)
 
-    label = f"{args.arm} seed {args.seed}"
-    for update in runs.progress(range(max(last, 0) + 1, args.updates + 1), label, "update"):
+    for update in range(max(last, 0) + 1, args.updates + 1):
         started = time.time()
         # 1. The problems of this update. Each gets several rollouts.
         n = args.batch // args.rollouts_per_prompt
@@ -146,7 +144,7 @@ def finish_update(row, args: Namespace, pair: Pair, optimizer, held_out: list, k
         started = time.time()
         row["eval"] = evaluate(row["update"], args, pair, held_out)
         row["seconds_eval"] = time.time() - started
-    runs.log_row(row, args.arm)
+    terminal.log_row(row, args)
     runs.save(row, args, pair.senior, optimizer, kept)
 
 
@@ -181,7 +179,6 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
         runs.append_rows(runs.run_folder(args) / "samples.jsonl", samples)
         if who == "tandem":
             results[who] |= count_handoffs(spans)
-            runs.log_rollout(spans[0], args.arm)
         # What Tandem RL measures: needs further rollouts, so it is off by default.
         if args.measures and who == "senior":
             measured = measures.measure(rollouts, update, problems, args, pair, generate)
@@ -241,23 +238,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 @runs.errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    started = time.time()
     todo = flags.read_runs_of(make_parser(), argv)
     args = todo[0]
     _pair.clear()
     # Models, problems and folders are checked before anything slow.
     models.check_before_loading(todo)
-    with runs.locked(todo):
-        diverged = runs.run_all(train_one, todo)
+    jobs.run_all(train_one, todo)
     if set(SETTINGS["sweep"]) <= set(args.arms):
         further = confirm_sweep(next(run for run in todo if run.arm in SETTINGS["sweep"]))
-        with runs.locked(further):
-            diverged += runs.run_all(train_one, further)
-    settings = SETTINGS if args.setting == "all" else [args.setting]
-    figures.draw_all(Path(args.out), settings)
-    print(f"finished after {(time.time() - started) / 60:.1f} minutes")
-    if diverged:
-        sys.exit("\n".join(diverged))
+        jobs.run_all(train_one, further)
+        todo += further
+    terminal.finish(todo, SETTINGS if args.setting == "all" else [args.setting])
 
 
 _pair: list[Pair] = []  # of this process, loaded for its first run and used for all

@@ -7,8 +7,23 @@ environment already sets is kept.
 """
 
 import logging
+import multiprocessing
 import os
+import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # On a CPU, bitsandbytes recommends an optional package of kernels at every start. It is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# A run that was killed may have left half a README.md beside its adapter, which is written again.
+logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
+
+
+def _print_error(kind, error, traceback) -> None:
+    """As ever, but one line if Ctrl-C interrupts the imports of libraries, which take seconds."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, traceback)
+    elif multiprocessing.current_process().name == "MainProcess":
+        print("interrupted", file=sys.stderr)
+
+
+sys.excepthook = _print_error

@@ -7,7 +7,6 @@
     update    8 rollouts of 32 + 224 tokens: loss and gradient, with completion_logprobs of
               lab/engine.py and with the definition, plain_logprobs of reinforce.py, for
               vocabularies of 32,000 and 152,000 tokens
-    rollout   152 rollouts of 32 + 16 tokens with a vocabulary of 152,000 tokens
     cuda      two checkpoints of the size of Llama-2-7B with random weights in NF4: their weights,
               31 rollouts of 200 + 256 tokens, an update on them, and the times of the part `tiny`
 
@@ -31,6 +30,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import reinforce
 from lab import engine, models, problems, runs
+from lab.experiments import flags_of_run
 from rollout import Pair, Rollouts, random_numbers, rollout
 from tandem import Handoff
 
@@ -63,34 +63,13 @@ def memory(peak: bool = False) -> float:
     return int(status[status.index("VmHWM:" if peak else "VmRSS:") + 1]) / 2**10
 
 
-def in_processes(cases: list[tuple[str, int]]) -> dict[str, dict]:
-    """measure_once of every case, each in a process in which nothing has left memory before."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {f"{name} {size}": pool.apply(measure_once, (name, size)) for name, size in cases}
-
-
-def measure_once(name: str, vocab_size: int) -> dict[str, float]:
-    """A rollout of a small pair, or an update with "plain" or "completion" log-probabilities."""
-    pair, prompts = small_pair(vocab_size)
-    if name == "rollout":
-        write(pair, prompts[:2], new=2)  # warm-up
-        return measure(lambda: write(pair, prompts, new=16))
-    # In this process only. The definition takes the place of the fast version, or nothing changes.
-    reinforce.completion_logprobs = getattr(reinforce, f"{name}_logprobs")
-    rollouts = write(pair, prompts[:8], new=224, p=1.0)
-    add_gradient(pair.senior, engine.select(rollouts, [0]))  # warm-up
-    found = [measure(lambda: add_gradient(pair.senior, rollouts)) for _ in range(REPEATS)]
-    # The peak is that of the first update, as the process keeps freed memory.
-    return found[0] | {"seconds": median(one["seconds"] for one in found)}
-
-
 # ------------------------------------------------------------------------------------------------
-# Rollouts and updates
+# The parts on any machine
 
 
 def measure_tiny() -> dict:
-    flags = dict(device=DEVICE, bfloat16=DEVICE == "cuda", four_bit=False, checkpointing=False)
-    pair = models.make_pair(*[str(models.TINY)] * 2, argparse.Namespace(rank=16, **flags))
+    flags = flags_of_run({"device": DEVICE, "bfloat16": DEVICE == "cuda"}, "tandem", seed=0)
+    pair = models.load_pair(flags)
     texts = [problems.prompt(problem.question) for problem in problems.generate(152, "test", 0)]
     prompts = models.encode(pair.senior_tokenizer, texts)
     found, trace = compare_rollouts(pair, prompts, new=112), []
@@ -99,6 +78,28 @@ def measure_tiny() -> dict:
     handoff = Handoff(pair.pieces, "word", 0.5, random_numbers(152, 112, seed=0)[1])
     seconds = measure(lambda: [handoff.choose(*step[:3]) for step in trace])["seconds"]
     return found | {"handoff_of_tandem": seconds / found["seconds"]["tandem"]}
+
+
+def measure_updates() -> dict:
+    """Each in a process of its own, in which nothing has left memory before."""
+    cases = [(name, size) for size in (32_000, 152_000) for name in ("plain", "completion")]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {f"{name} {size}": pool.apply(measure_update, (name, size)) for name, size in cases}
+
+
+def measure_update(name: str, vocab_size: int) -> dict[str, float]:
+    """An update of a small Llama with "plain" or "completion" log-probabilities."""
+    # In this process only, the definition takes the place of the fast version, or nothing changes.
+    reinforce.completion_logprobs = getattr(reinforce, f"{name}_logprobs")
+    sizes = dict(vocab_size=vocab_size, hidden_size=256, intermediate_size=512)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).to(DEVICE)
+    senior, pieces = models.add_adapter(base, rank=16), [b" word"] * vocab_size
+    pair = Pair(senior, models.SharedJunior(senior), None, None, [-1], pieces)
+    rollouts = write(pair, torch.randint(vocab_size, (8, 32)).tolist(), new=224, p=1.0)
+    add_gradient(senior, engine.select(rollouts, [0]))  # warm-up
+    found = [measure(lambda: add_gradient(senior, rollouts)) for _ in range(REPEATS)]
+    # The peak is that of the first update, as the process keeps freed memory.
+    return found[0] | {"seconds": median(one["seconds"] for one in found)}
 
 
 def compare_rollouts(pair: Pair, prompts: list[list[int]], new: int) -> dict:
@@ -120,15 +121,6 @@ def compare_rollouts(pair: Pair, prompts: list[list[int]], new: int) -> dict:
 def write(pair: Pair, prompts: list, new: int, p: float = 0.5, trace=None) -> Rollouts:
     noise, coins = random_numbers(len(prompts), new, seed=0)
     return rollout(pair, prompts, prompts, noise.to(DEVICE), coins, p=p, trace=trace)
-
-
-def small_pair(size: int) -> tuple[Pair, list[list[int]]]:
-    """A Llama with random weights and a vocabulary of this size, and 152 prompts of 32 tokens."""
-    sizes = dict(vocab_size=size, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    senior = models.add_adapter(LlamaForCausalLM(LlamaConfig(**sizes)).to(DEVICE), rank=16)
-    shared, pieces = models.SharedJunior(senior), [b" word"] * size
-    pair = Pair(senior, shared, None, None, [-1], pieces, shared.beside_senior)
-    return pair, torch.randint(size, (152, 32)).tolist()
 
 
 def add_gradient(senior, rollouts: Rollouts) -> None:
@@ -175,9 +167,7 @@ def random_base(config: LlamaConfig) -> LlamaForCausalLM:
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-UPDATES = [(name, size) for size in (32_000, 152_000) for name in ("plain", "completion")]
-PARTS = {"tiny": measure_tiny, "update": partial(in_processes, UPDATES)}
-PARTS |= {"rollout": partial(in_processes, [("rollout", 152_000)])}
+PARTS = {"tiny": measure_tiny, "update": measure_updates}
 PARTS |= {"cuda": measure_cuda} if DEVICE == "cuda" else {}
 
 

@@ -1,4 +1,4 @@
-"""Run folders: what a run leaves on disk, how it is resumed, and the lines that it prints.
+"""Run folders: what a run leaves on disk, how it is resumed, and when it is stopped.
 
     OUT/<arm>/seed-<k>/config.json      every flag, versions, device, commit
                        metrics.jsonl    one row per update, appended and flushed
@@ -18,28 +18,19 @@ import math
 import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import contextmanager
 from importlib.metadata import version
-from multiprocessing.connection import wait
 from operator import index
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 # Flags that may differ between a run and its --resume: what else to run and how long, where, and
 # what is in memory at a time, which changes results by rounding only.
@@ -70,12 +61,11 @@ def seed_folders(folder: str | Path, arm: str) -> list[Path]:
 
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
-    with writing(path), open(path, "ab+") as file:
+    with writing(path), open(path, "ab") as file:
         # A last line that was torn must not swallow the next one.
-        size = file.seek(0, os.SEEK_END)
-        torn = size and (file.seek(size - 1), file.read(1))[1] != b"\n"
+        is_torn = path.read_bytes()[-1:] not in (b"", b"\n")
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
-        file.write(b"\n" * bool(torn) + b"".join(lines))
+        file.write((b"\n" if is_torn else b"") + b"".join(lines))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -156,46 +146,47 @@ def writing(path: Path) -> Iterator[None]:
 # Begin, save, resume
 
 
-@contextmanager
-def locked(todo: list[Namespace]) -> Iterator[None]:
-    """Lock and check the folder of every run, before anything long. Locks die with the process."""
-    with ExitStack() as locks:
-        for args in todo:
-            folder = run_folder(args)
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    locks.enter_context(FileLock(folder / ".lock", timeout=0))
-                except Timeout as error:
-                    remedy = "wait until it has ended, or choose another --out"
-                    raise Refused(f"{folder} is written by another process: {remedy}") from error
-            check_folder(args)
-        yield
-
-
 def check_folder(args: Namespace) -> None:
     """Raises Refused rather than write over a run, or resume it with other flags or no state."""
     folder = run_folder(args)
-    metrics, state = folder / "metrics.jsonl", folder / "state.pt"
-    rows = read_rows(metrics) if metrics.is_file() else []
-    if not (folder / "config.json").is_file() and not rows and not state.is_file():
+    paths = [folder / name for name in ("config.json", "metrics.jsonl", "state.pt")]
+    config, metrics, state = paths
+    if not any(path.is_file() for path in paths):
         return
     if not args.resume:
         remedy = "continue it with --resume, choose another --out, or remove it"
         raise Refused(f"{folder} already holds a run: {remedy}")
+    rows = read_rows(metrics) if metrics.is_file() else []
     if rows and not state.is_file():
         # The results of a run whose state was not kept, as in a clone.
         remedy = "choose another --out, or remove it"
         raise Refused(f"{folder} holds rows but no state.pt to resume from: {remedy}")
-    before, now = read_back(folder / "config.json", flags=dict)["flags"], vars(args)
-    changed = [flag for flag in before.keys() & now if before[flag] != now[flag]]
-    if changed := sorted(set(changed) - MAY_CHANGE):
+    before, now = read_back(config, flags=dict)["flags"], vars(args)
+    fixed = sorted(before.keys() & now.keys() - MAY_CHANGE)
+    if changed := [flag for flag in fixed if before[flag] != now[flag]]:
         flags = ", ".join(f"{flag.replace('_', '-')} = {before[flag]}" for flag in changed)
         remedy = "resume it with the same, or choose another --out"
         raise Refused(f"{folder} was begun with {flags}: {remedy}")
-    last = read_back(state, update=int)["update"] if state.is_file() else -1
+    last = last_update(args)
     if [row["update"] for row in rows if row["update"] <= last] != list(range(last + 1)):
         raise unusable(metrics, f"it lacks some of the updates 0 to {last} of state.pt")
+
+
+def last_update(args: Namespace) -> int:
+    """The update of the last checkpoint; -1 before there is one."""
+    state = run_folder(args) / "state.pt"
+    return read_back(state, update=int)["update"] if state.is_file() else -1
+
+
+def is_finished(args: Namespace) -> bool:
+    """Whether the last update of a run is on disk, or its training diverged."""
+    return last_update(args) >= args.updates or bool(why_it_diverged(args))
+
+
+def why_it_diverged(args: Namespace) -> str:
+    """What stopped.txt says; nothing if training has not diverged."""
+    path = run_folder(args) / "stopped.txt"
+    return path.read_text("utf-8", "replace").strip() if path.is_file() else ""
 
 
 def begin(args: Namespace, senior, optimizer) -> tuple[int, dict]:
@@ -209,7 +200,7 @@ def begin(args: Namespace, senior, optimizer) -> tuple[int, dict]:
         # this process could use all cores.
         torch.set_num_threads(1)
     folder = run_folder(args)
-    config = {"flags": vars(args), **describe_machine(args.device)}
+    config = {"flags": vars(args)} | describe_machine(args.device)
     replace_file(folder / "config.json", f"{json.dumps(config, indent=2)}\n".encode())
     if not (folder / "state.pt").is_file():
         save_state(args, -1, senior, optimizer, {})
@@ -255,12 +246,13 @@ def describe_machine(device: str) -> dict:
 
 def _commit() -> str | None:
     """The commit of this code, with "-dirty" if files differ from it; None without git."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    # Its own .git: where the project was unpacked in another repository, that one says nothing.
+    command = "git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude=*"
+    options = dict(cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(command.split(), **options).stdout.strip() or None
     except OSError:
         return None
-    return done.stdout.strip() or None
 
 
 COMMIT = _commit()  # at import, because files may change during a long run
@@ -285,13 +277,12 @@ def check_row(row: dict, args: Namespace, kept: dict, vocab_size: int) -> None:
     when its mean is below that of a uniform distribution, -log V. And a tandem run in which one
     model writes whole batches alone, which would silently be another method, exits.
     """
-    pushed, total = row.pop("pushed", 0), row.pop("pushed_logprob", 0.0)
+    mean = row.pop("pushed_logprob", 0.0) / max(row.pop("pushed", 0), 1)
     reason = None
     if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
         reason = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
-    elif pushed and total / pushed < -math.log(vocab_size):
-        mean = f"{total / pushed:.1f} nats per token"
-        reason = f"tokens with a negative weight are pushed away without bound ({mean})"
+    elif mean < -math.log(vocab_size):
+        reason = f"tokens with negative weights are pushed away without bound ({mean:.1f} nats)"
     if reason:
         at = f"The checkpoint of update {row['update'] - 1} is kept in {run_folder(args)}"
         remedy = "Start again in another --out with a smaller --lr or a --wrong-weight nearer to 0"
@@ -306,105 +297,30 @@ def check_row(row: dict, args: Namespace, kept: dict, vocab_size: int) -> None:
 def ends_if_it_diverges(train: Callable) -> Callable:
     """Decorate the training of a run: if it diverges, stopped.txt says why; other runs go on."""
 
-    @wraps(train)
-    def to_its_end(args: Namespace, *rest) -> None:
+    def train_to_its_end(args: Namespace, *rest) -> None:
         try:
             train(args, *rest)
         except (Diverged, FloatingPointError) as error:
             reason = f"{run_folder(args)}: {error}"
-            print(reason)
             replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
 
-    return to_its_end
-
-
-# ------------------------------------------------------------------------------------------------
-# Several runs
-
-
-def is_finished(args: Namespace) -> bool:
-    """Whether the last update of a run is on disk, or its training diverged."""
-    state, stopped = run_folder(args) / "state.pt", run_folder(args) / "stopped.txt"
-    at_end = state.is_file() and read_back(state, update=int)["update"] >= args.updates
-    return stopped.is_file() or at_end
-
-
-def run_all(train: Callable[[Namespace], None], todo: list[Namespace]) -> list[str]:
-    """Train every run that is not finished, --jobs at a time. Returns why runs have diverged."""
-    left, started = [args for args in todo if not is_finished(args)], time.time()
-    jobs = min(todo[0].jobs, len(left)) if todo else 0
-    with ExitStack() as stack:
-        if jobs > 1:
-            # Spawned: a fork of a process whose OpenMP threads have started can wait forever.
-            context = multiprocessing.get_context("spawn")
-            workers = ProcessPoolExecutor(jobs, context, _start_worker)
-            # After an error in one run, those that have not begun are not made.
-            stack.callback(workers.shutdown, cancel_futures=True)
-            futures = [workers.submit(train, args) for args in left]
-            ends: Iterable = (future.result() for future in as_completed(futures))
-        else:
-            ends = map(train, left)
-        try:
-            for done, _ in enumerate(ends, 1):
-                minutes = (time.time() - started) / done * (len(left) - done) / 60
-                print(f"{done} of {len(left)} runs finished, about {minutes:.0f} minutes left\n")
-        except BrokenProcessPool as error:
-            remedy = "continue with --resume and fewer --jobs"
-            raise Refused(f"a process was killed, perhaps for want of memory: {remedy}") from error
-    reasons = [run_folder(args) / "stopped.txt" for args in todo]
-    return [path.read_text("utf-8", "replace").strip() for path in reasons if path.is_file()]
-
-
-def _start_worker() -> None:
-    """A run may be interrupted at any moment: Ctrl-C, or the end of the parent, ends it at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    # The default lock of tqdm is a semaphore, which a process that ends at once would leak.
-    tqdm.set_lock(threading.RLock())
-
-    def end_with_parent() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    return train_to_its_end
 
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """End the program with one line for what is refused, and at Ctrl-C with the exit code 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every encoding has all the characters that models write.
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
+    except BrokenPipeError:
+        # Nobody reads what is printed, as after `| head`. What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit("the output was closed: the same command with --resume goes on")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on", file=sys.stderr)
+        print("interrupted: the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
-
-
-# ------------------------------------------------------------------------------------------------
-# What a run prints
-
-
-def progress(items, label: str, unit: str) -> Iterator:
-    """A progress bar, except in one of several jobs, which would draw over each other."""
-    return tqdm(items, desc=label, unit=unit, disable=bool(multiprocessing.parent_process()))
-
-
-def log_row(row: dict, arm: str) -> None:
-    """One line per update."""
-    line = f"{arm} {row['update']:4d}  "
-    if "reward" in row:
-        # Update 0 has no rollouts, only an evaluation.
-        line += f"reward {row['reward']:.2f}  senior's share {row['senior_share']:4.0%}  "
-        learned = f"loss {row['loss']:+.3f}" if row["loss"] is not None else "nothing to learn from"
-        line += f"handoffs {row['handoffs']:4.1f}  {learned}  {row['tokens']} tokens"
-    for who, evaluation in row.get("eval", {}).items():
-        line += f" | {who} right {evaluation['accuracy']:.0%} jargon {evaluation['jargon']:.0%}"
-    tqdm.write(line)
-
-
-def log_rollout(spans: list[tuple[str, str]], arm: str) -> None:
-    """One rollout on one line, the junior's words underlined on a terminal, else in [brackets]."""
-    opening, closing = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    marked = {"senior": "{}", "junior": f"{opening}{{}}{closing}"}
-    text = "".join(marked[author].replace("{}", text) for author, text in spans)
-    tqdm.write(f"{arm}       {text}".replace("\n", " ⏎ "))

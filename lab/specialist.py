@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lab import engine, models, runs
+from lab import engine, models, runs, terminal
 from lab import problems as tasks
 from reinforce import loss
 from rollout import Pair, Rollouts
@@ -92,7 +92,7 @@ def fine_tune(
     optimizer.zero_grad()
     first, saved = load_draft(draft, work, model, optimizer), time.time()
     batches = endless_batches(examples, batch, random.Random(seed))
-    for step, of_step in zip(runs.progress(range(steps), label, unit="step"), batches):
+    for step, of_step in zip(terminal.progress(range(steps), label, unit="step"), batches):
         if step < first:
             continue
         if draft and time.time() - saved > SECONDS_BETWEEN_DRAFTS:

@@ -1,4 +1,4 @@
-"""Two hundred bad command lines and files, and what becomes of them:
+"""Bad command lines and files, and what becomes of them:
 
     python tests/bad_input.py
 
@@ -30,22 +30,20 @@ from lab.runs import errors_in_one_line
 
 LIMIT = 20  # seconds after which a case counts as accepted
 
-FLAGS = """--device gpu | --device cuda:99 | --device meta | --device= | --device cpu:1 | --out=
---out=\x01 | --out=\udcff | --out=a\\nb | --out /dev/null | --out /dev/null/runs | --out /proc/runs
---out /sys/runs | --problems= | --problems /no/folder | --problems no-such/dataset
---problems /dev/null | --senior= --junior= | --senior /no/folder --junior /no/folder
---senior no/such-model --junior no/such-model | --batch 0 | --batch -8 | --batch 7
---batch 1000000 | --batch 1e3 | --batch nan | --batch 99999999999999999999999999 | --updates -1
---updates 10000000000 | --updates 999999 | --updates 1.5 | --seeds 0 | --seeds 100000 | --seed 3
---rank 0 | --lr 0 | --lr -1 | --lr nan | --lr inf | --lr 1e30 | --lr= | --specialist-lr 1e30
+FLAGS = """--device gpu | --device cuda:99 | --device= | --device cpu:1 | --out= | --out=\x01
+--out=\udcff | --out=a\\nb | --out /dev/null | --out /dev/null/runs | --out /proc/runs | --problems=
+--problems /no/folder | --problems no-such/dataset | --problems /dev/null | --senior= --junior=
+--senior /no/folder --junior /no/folder | --senior no/such-model --junior no/such-model | --batch 0
+--batch -8 | --batch 7 | --batch 1e3 | --batch nan | --batch 99999999999999999999999999
+--updates -1 | --updates 10000000000 | --updates 999999 | --updates 1.5 | --seeds 0 | --seeds 100000
+--seed 3 | --rank 0 | --lr 0 | --lr -1 | --lr nan | --lr inf | --lr 1e30 | --lr=
 --specialist-steps 1000000 | --specialist-steps -1 | --specialist-batch 0 | --temperature 0
---temperature inf | --temperature nan | --p 0 | --p 1 | --p 1.5 | --p nan | --clip 0 | --memory 0
---micro-tokens 9 | --wrong-weight 1 | --wrong-weight -2 | --junior-weight 2 | --solo | --shots 2
---arms tandem tandem | --arms | --arms nobody | --arms word | --setting nothing | --setting=
---setting sweep --arms c0-j1 --wrong-weight -0.3 | --setting granularity --arms p-0.25 --p 0.3
---setting rlvr --arms rlvr-solo --specialist-steps 3 | --setting rlvr --arms rlvr-solo --junior tiny
---setting pressure --arms grpo-tandem --batch 100 | --handoff syllable | --rewards false | --spec 3
---evaluate nobody | --eval-problems 0 | --eval-problems 1000000 | --eval-every 0
+--temperature inf | --p 0 | --p 1 | --p 1.5 | --p nan | --wrong-weight 1 | --wrong-weight -2
+--junior-weight 2 | --solo | --arms tandem tandem | --arms | --arms nobody | --arms word
+--setting nothing | --setting= | --setting sweep --arms c0-j1 --wrong-weight -0.3
+--setting granularity --arms p-0.25 --p 0.3 | --setting rlvr --arms rlvr-solo --specialist-steps 3
+--setting rlvr --arms rlvr-solo --junior tiny | --setting pressure --arms grpo-tandem --batch 100
+--handoff syllable | --eval-problems 0 | --eval-problems 1000000 | --eval-every 0
 --max-new-tokens 0 | --max-new-tokens 1000000 | --jobs 0 | --jobs 65 | --preset huge | --resume=yes
 --four-bit=1 | --unknown 3 | stray"""
 
@@ -98,12 +96,12 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
     def too_long(*_):
         raise TimeoutError("still running")
 
-    before, message, started = contents(kept), io.StringIO(), time.time()
+    before, printed, started = contents(kept), io.StringIO(), time.time()
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LIMIT)
     run_gsm8k._pair.clear()  # the models of the last case
     code, lines = 0, 1
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(message):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
         try:
             program(argument)
         except SystemExit as stop:
@@ -114,11 +112,10 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
     seconds, after = time.time() - started, contents(kept)
     lost = any(after.get(path) != content for path, content in before.items())
     # argparse prints its message and exits with 2; all others exit with their message.
-    last = code if isinstance(code, str) else (message.getvalue().strip().splitlines() or [""])[-1]
+    last = code if isinstance(code, str) else f"\n{printed.getvalue().strip()}".splitlines()[-1]
     last = last.encode("utf-8", "backslashreplace").decode()[-230:]
-    print(
-        f"| {name!r:62.62} | {seconds:4.1f} | {'LOST' if lost else 'kept'} | {last} |", flush=True
-    )
+    kept_or_lost = "LOST" if lost else "kept"
+    print(f"| {name!r:62.62} | {seconds:4.1f} | {kept_or_lost} | {last} |", flush=True)
     return code not in (0, None) and lines == 1 and not lost and seconds < 10
 
 
@@ -147,11 +144,7 @@ def bad_bases(place: Path) -> Iterator[tuple]:
     shutil.copytree(place / "base", whole)
     (whole / "made.json").write_text(json.dumps({"checksum": "0" * 64}))
     files = {path.name: path.read_bytes() for path in sorted(whole.iterdir())}
-    cases = [
-        (name, kind, change(content))
-        for name, content in files.items()
-        for kind, change in DAMAGE.items()
-    ]
+    cases = [(name, kind, DAMAGE[kind](files[name])) for name in files for kind in DAMAGE]
     cases += [("chat_template.jinja", kind, text) for kind, text in TEMPLATES.items()]
     changes = [("config.json", new) for new in CONFIGS]
     for name, new in [*changes, ("tokenizer_config.json", {"eos_token": None})]:

@@ -51,12 +51,8 @@ def command_for(base: Path, out: Path) -> list[str]:
     return f"{flags} --junior {base} --out {out}".split()
 
 
-WRITERS = {
-    "row": (runs, "append_rows"),
-    "draft": (Path, "write_bytes"),
-    "replace": (os, "replace"),
-    "adapter": (PeftModel, "save_pretrained"),
-}
+WRITERS = {"row": (runs, "append_rows"), "draft": (Path, "write_bytes")}
+WRITERS |= {"replace": (os, "replace"), "adapter": (PeftModel, "save_pretrained")}
 TARGETS = "row before, row amid, row after, draft amid, replace before, replace after"
 TARGETS = f"{TARGETS}, adapter amid, adapter after".split(", ")
 
@@ -71,16 +67,15 @@ def aim(target: str, count: int) -> None:
         calls.append(1)
         if len(calls) < count:
             return real(*args, **options)
-        if moment == "amid" and where == "row":
+        if target == "row amid":
             with open(args[0], "a") as file:
                 file.write('{"update": 1, "rew')
-        elif moment == "amid" and where == "draft":
+        elif target == "draft amid":
             real(args[0], args[1][: len(args[1]) // 2])
         elif moment != "before":
             real(*args, **options)
-        if moment == "amid" and where == "adapter":
-            path = args[1] / "adapter_model.safetensors"
-            os.truncate(path, path.stat().st_size // 2)
+        if target == "adapter amid":
+            os.truncate(args[1] / "adapter_model.safetensors", 1000)
         return os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, wrapper)
@@ -90,9 +85,8 @@ def run(command: list[str], target: str = "", count: int = 0, seconds: float = 0
     """The exit status of a run in its own process, killed at a target or after some seconds."""
     child = os.fork()
     if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         run_gsm8k.reward = lambda text, gold: 1.0
         run_gsm8k.figures.draw_all = lambda *args: None
         specialist.SECONDS_BETWEEN_DRAFTS = 0
@@ -116,36 +110,35 @@ def result(out: Path) -> list:
     return [*everything(out), *((out / file).read_bytes() for file in files)]
 
 
+def is_equal(i: int, rng: random.Random, base: Path, out: Path, whole: float, expected: list):
+    """Kill a run, resume it, print a line, and return whether it is the unbroken run."""
+    command, metrics = command_for(base, out), out / "tandem" / "seed-0" / "metrics.jsonl"
+    if i % 2:
+        target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 12)
+        what, status = f"{target}, call {count}", run(command, target, count)
+    else:
+        seconds = rng.uniform(0.1, 1.0) * whole
+        what, status = f"after {seconds:.2f} s", run(command, seconds=seconds)
+    had = [row["update"] for row in runs.read_rows(metrics)] if metrics.is_file() else []
+    drafts = len(list(out.glob("specialist/*/*/draft.pt")))
+    resumed = run([*command, "--resume"])
+    equal = resumed == 0 and result(out) == expected and not list(out.rglob("*.draft"))
+    when = f"status {status:3d}  fine-tuning {drafts}  rows {had!s:15} resumed with {resumed}"
+    print(f"{i:3d}  {what:24} {when}: {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
+    return equal
+
+
 def main(n: int) -> None:
-    rng, failures = random.Random(n), 0
     with tempfile.TemporaryDirectory() as place:
-        base, out = Path(place, "base"), Path(place, "unbroken")
+        base, out, started = Path(place, "base"), Path(place, "unbroken"), time.time()
         make_base(base)
-        started = time.time()
         assert run(command_for(base, out)) == 0
+        rest = random.Random(n), base
         whole, expected = time.time() - started, result(out)
-        for i in range(n):
-            out = Path(place, str(i))
-            command, metrics = command_for(base, out), out / "tandem" / "seed-0" / "metrics.jsonl"
-            if i % 2:
-                target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 12)
-                what, status = f"{target}, call {count}", run(command, target, count)
-            else:
-                seconds = rng.uniform(0.1, 1.0) * whole
-                what, status = f"after {seconds:.2f} s", run(command, seconds=seconds)
-            had = [row["update"] for row in runs.read_rows(metrics)] if metrics.is_file() else []
-            drafts = len(list(out.glob("specialist/*/*/draft.pt")))
-            resumed = run([*command, "--resume"])
-            equal = resumed == 0 and result(out) == expected
-            clean = not list(out.glob("*/seed-*/*.draft"))
-            failures += not (equal and clean)
-            verdict = "bit-equal" if equal else "DIFFERENT"
-            verdict += ", no draft left" if clean else ", DRAFTS LEFT"
-            when = f"status {status:3d}  fine-tuning {drafts}  rows {had!s:15}"
-            print(f"{i:3d}  {what:24} {when} resumed with {resumed}: {verdict}", flush=True)
-    equal = f"{n - failures} of {n} killed runs are equal to the unbroken run"
+        outcomes = [is_equal(i, *rest, Path(place, str(i)), whole, expected) for i in range(n)]
+    equal = f"{sum(outcomes)} of {n} killed runs are equal to the unbroken run"
     print(f"{equal}, which took {whole:.1f} s")
-    sys.exit(bool(failures))
+    sys.exit(not all(outcomes))
 
 
 if __name__ == "__main__":

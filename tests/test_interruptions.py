@@ -1,7 +1,6 @@
 """Interrupted runs and damaged files: the right result, or one message with path and remedy.
 
-Kills at random moments are in tests/kill.py, two hundred bad command lines and files in
-tests/bad_input.py.
+Kills at random moments are in tests/kill.py, bad command lines and files in tests/bad_input.py.
 """
 
 import os
@@ -11,7 +10,7 @@ import pytest
 from test_runner import command, everything, metrics  # noqa: F401  a fixture
 
 import run_gsm8k
-from lab import experiments, runs, specialist
+from lab import experiments, jobs, runs, specialist
 from run_gsm8k import main
 
 
@@ -52,33 +51,13 @@ def contents(folder):
 # A resumed run is the same run
 
 
-def with_baseline(patch):
-    """A loop that fills `kept`: its weights are rewards less a running mean."""
-    real, now = runs.begin, []
-
-    def begin(*args):
-        now[:] = real(*args)
-        return now
-
-    def weights(rewards, wrong_weight):
-        mean = now[1].get("baseline", 0.0)
-        now[1]["baseline"] = 0.9 * mean + 0.1 * rewards.mean().item()
-        return rewards - mean
-
-    patch.setattr(runs, "begin", begin)
-    patch.setattr(run_gsm8k, "outcome_weights", weights)
-
-
-@pytest.mark.parametrize("arm", ["shuffled", "reinforce-j0", "rlvr-solo-kl"])
+@pytest.mark.parametrize("arm", ["shuffled", "rlvr-solo-kl"])
 def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Interrupted before the state of update 1 and in the row of update 2, then resumed. Also GRPO
-    with a KL penalty, and a loop that keeps a baseline (in place of reinforce-j0)."""
+    """Interrupted before the state of update 1 and in the row of update 2, then resumed."""
     monkeypatch.setitem(experiments.ARMS[arm], "measures", False)
-    if arm == "reinforce-j0":
-        with_baseline(monkeypatch)
     command = ["--setting", "all", *command[2:], "--arms", arm]  # noqa: F811
-    if "kl" in arm:
-        at = command.index("--specialist-steps")
+    if "rlvr" in arm:
+        at = command.index("--specialist-steps")  # these arms fix it
         del command[at : at + 2]
     main(command)
     other, real, calls = [*command, "--out", str(tmp_path / "other")], runs.save_state, []
@@ -99,12 +78,14 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
         for more in ([], ["--resume"]):
             with pytest.raises(SystemExit, match="130"):
                 main([*other, *more])
-            assert "interrupted: the same command with --resume" in capsys.readouterr().err
-    assert (folder / "metrics.jsonl").read_text().count('{"update": 1,') == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line == "interrupted: the same command with --resume goes on"
     main([*other, "--resume"])
+    assert f"{arm} from update 1 to 2\n" in capsys.readouterr().out
     # Any reader of JSON lines can read the file, but for the line that was torn.
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [line for line in lines if line[-1:] != "}"] == ['{"update": 2, "rew']
+    assert sum(line.startswith('{"update": 1,') for line in lines) == 2
     assert everything(tmp_path / "other", arm) == everything(tmp_path / "runs", arm)
     assert metrics(tmp_path / "runs", arm)[1]["loss"] is not None
     before = contents(folder)
@@ -113,13 +94,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("moment", ["draft.pt", "adapter.pt", "config.json", "state.pt"])
-def test_a_run_that_is_interrupted_in_its_first_save_is_resumed(
-    finished,
-    command,
-    tmp_path,
-    monkeypatch,
-    moment,  # noqa: F811
-):
+def test_an_interruption_of_the_first_save(finished, command, tmp_path, monkeypatch, moment):  # noqa: F811
     """Before anything is complete: in the drafts of fine-tuning, or in the first files."""
     monkeypatch.setattr(specialist, "SECONDS_BETWEEN_DRAFTS", 0)
     flags = [*finished[0], "--out", str(tmp_path / "runs")]
@@ -138,8 +113,7 @@ def test_a_run_that_is_interrupted_in_its_first_save_is_resumed(
             main(flags)
     main([*flags, "--resume"])
     assert everything(tmp_path / "runs") == everything(finished[1])
-    assert not list((tmp_path / "runs" / "tandem").rglob("*.draft"))
-    assert not list((tmp_path / "runs").rglob("draft.pt"))
+    assert not list((tmp_path / "runs").rglob("*draft*"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,13 +140,13 @@ def test_a_second_process_is_refused(copy, monkeypatch):
     held = []
 
     def second(args, pair):
-        with pytest.raises(runs.Refused, match="another process"), runs.locked([args]):
+        with pytest.raises(runs.Refused, match="another process"), jobs.locked([args]):
             pass
         held.append(args)
 
     monkeypatch.setattr(run_gsm8k, "train", second)
     main([*copy[0], "--updates", "3"])
-    assert len(held) == 1
+    assert held
 
 
 @pytest.mark.parametrize("updates", [[0, 2], []])
