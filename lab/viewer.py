@@ -2,7 +2,8 @@
 
 It writes RUNS/figures/rollouts.html, one file that a browser opens without a network: every kept
 evaluation rollout in the colours of its authors, what either model would have written at each step,
-the tosses of the coin, and the curves of accuracy and jargon.
+the tosses of the coin, and the curves of accuracy and jargon. docs/ has copies of two pages, for
+GitHub Pages; each names the command that makes it in a comment.
 
 The page is lab/viewer.html, in which an empty list of runs is replaced by those of RUNS, as JSON.
 They come from samples.jsonl, whose rollouts are made here:
@@ -26,15 +27,18 @@ from pathlib import Path
 import torch
 
 from lab import engine
-from lab.runs import errors_in_one_line, read_rows, seed_folders, unusable, writing
+from lab.experiments import ABOUT, DEFAULTS, SETTINGS, arms_of
+from lab.runs import errors_in_one_line, read_back, read_rows, replace_file, seed_folders, unusable
 from lab.tables import read_flags
-from metrics import EXPRESSION, JARGON, count_handoffs, has_jargon
+from metrics import JARGON, has_jargon
 from reward import final_number, reward
 from rollout import Pair, Rollouts
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NO_RUNS = '{"runs": [], "missing": 0}'
-MAX_BYTES = 1_400_000
+MAX_BYTES = 1_380_000  # of the runs; the template has some 20 KB
+# An arm of several settings is listed under the first.
+SETTING_OF = {arm: setting for setting in reversed(SETTINGS) for arm in SETTINGS[setting]}
 
 # ------------------------------------------------------------------------------------------------
 # Rollouts as they are kept in samples.jsonl
@@ -87,9 +91,30 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
         candidates = [pair.pieces[of_model[i]] for of_model in (senior_ids, junior_ids)]
         shown = [candidate.decode(errors="backslashreplace") for candidate in candidates]
         probability = round(logprobs[t].exp().item(), 4)
-        author = "senior" if senior else "junior"
-        found.append([author, text, *shown, tossed[i], probability])
+        found.append(["senior" if senior else "junior", text, *shown, tossed[i], probability])
     return found
+
+
+def rank_example(rollouts: list[dict]) -> int:
+    """How well the rollouts of one problem, in the order of updates, show tandem training.
+
+    3  before training the senior alone is right and the pair is wrong, with jargon; after it the
+       pair is right, without jargon
+    2  the pair goes from wrong to right
+    1  the pair loses its jargon
+    0  none of these
+
+    Of a rollout it reads "who", "right" and "jargon". Where one example is shown, it is the first
+    problem of the highest rank.
+    """
+    alone = [rollout for rollout in rollouts if rollout["who"] == "senior"]
+    joint = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
+    if not alone or not joint:
+        return 0
+    corrected = joint[-1]["right"] and not joint[0]["right"]
+    lost = joint[0]["jargon"] and not joint[-1]["jargon"]
+    best = corrected and lost and alone[0]["right"]
+    return 3 if best else 2 if corrected else int(lost)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,9 +123,10 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
 
 def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
     """Write the page of these arms, or of all in the folder. None if no rollouts were kept."""
-    folder = Path(folder)
+    folder, command = Path(folder), " ".join(["python -m lab.viewer", str(folder), *(arms or [])])
     arms = arms or [path.parts[-3] for path in folder.glob("*/seed-*/samples.jsonl")]
-    arms = sorted(set(arms), key=lambda arm: (arm != "tandem", arm != "solo", arm))
+    # In the order of the settings; what is in no setting comes last.
+    arms = [arm for arm in dict.fromkeys(arms_of("all") + sorted(arms)) if arm in arms]
     found = [read_run(path) for arm in arms for path in seed_folders(folder, arm)]
     runs = sorted((run for run in found if run["problems"]), key=lambda run: run["seed"])
     if not runs:
@@ -110,12 +136,10 @@ def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
     # At least one run is shown, whatever its size.
     shown = runs[: max(1, sum(size < MAX_BYTES for size in sizes))]
     missing = len(runs) - len(shown)
-    data = {"runs": sorted(shown, key=lambda run: arms.index(run["arm"])), "missing": missing}
+    page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
+    page = page.replace(NO_RUNS, as_json({"runs": shown, "missing": missing}))
     path = folder / "figures" / "rollouts.html"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        page = TEMPLATE.read_text(encoding="utf-8").replace(NO_RUNS, as_json(data))
-        path.write_text(page, encoding="utf-8")
+    replace_file(path, page.encode())
     print(path, f"(without {missing} of {len(runs)} runs: name arms to choose)" * bool(missing))
     return path
 
@@ -126,43 +150,37 @@ def as_json(content) -> str:
     >>> as_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
     """
-    text = json.dumps(content, separators=(",", ":"))
     # Outside of strings, JSON has none of these characters.
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
+    return json.dumps(content, separators=(",", ":")).translate(escapes)
 
 
 def read_run(folder: Path) -> dict:
     """What the page says of one run folder. Files that are not there leave their part empty."""
     paths = [folder / "samples.jsonl", folder / "metrics.jsonl"]
     kept, rows = (read_rows(path) if path.is_file() else [] for path in paths)
-    problems: dict[str, dict] = {}
-    evaluations = {}
+    arm = folder.parent.name
+    setting = ABOUT.get(SETTING_OF.get(arm), "other arms")
+    run = {"arm": arm, "seed": int(folder.name[5:]), "setting": setting, "about": "", "flags": {}}
+    if (folder / "config.json").is_file():
+        run["flags"] = DEFAULTS | read_flags(folder.parents[1], arm)
+        run["flags"]["commit"] = read_back(folder / "config.json").get("commit")
+        run["about"] = describe_training(run["flags"])
+    problems: dict[tuple, list[dict]] = {}
+    evaluations: dict[int, dict] = {}
     try:
         for sample in kept:
-            about = {"question": sample["question"], "gold": sample["gold"], "rollouts": []}
-            problem = problems.setdefault(sample["question"], about)
-            problem["rollouts"].append(describe_rollout(sample))
+            problem = sample["question"], sample["gold"]
+            problems.setdefault(problem, []).append(describe_rollout(sample))
         for row in rows:
-            evaluation = row.get("eval", {}).items()
-            keys = ("n", "accuracy", "jargon")
-            cells = {who: [cell[key] for key in keys] for who, cell in evaluation}
-            evaluations |= {row["update"]: cells} if cells else {}
+            for who, cell in row.get("eval", {}).items():
+                numbers = cell["n"], cell["accuracy"], cell["jargon"]
+                evaluations.setdefault(row["update"], {})[who] = numbers
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unusable(folder, f"a row is not what a run writes: {type(error).__name__}") from error
-    flags = {}
-    if (folder / "config.json").is_file():
-        flags = read_flags(folder.parents[1], folder.parent.name)
-    run = {"arm": folder.parent.name, "seed": int(folder.name[5:])}
-    run |= {"about": describe_training(flags), "evaluations": evaluations}
-    return run | {"problems": sorted(problems.values(), key=how_plain)}
-
-
-def how_plain(problem: dict) -> tuple[bool, bool]:
-    """Sorts problems: first those with jargon together before training, and right after it."""
-    joint = [rollout for rollout in problem["rollouts"] if rollout["who"] == "tandem"]
-    return not (joint and joint[0]["jargon"]), not (joint and joint[-1]["right"])
+    # Before the end of its first evaluation a run may lack rollouts of some writer.
+    found = [[*problem, rank_example(of), of] for problem, of in problems.items() if evaluations]
+    return run | {"problems": found, "evaluations": evaluations}
 
 
 def describe_rollout(sample: dict) -> dict:
@@ -170,36 +188,28 @@ def describe_rollout(sample: dict) -> dict:
     tokens = sample.get("steps", sample["spans"])
     # A token or span begins with its author and its text.
     text = "".join(token[1] for token in tokens)
-    found = {"expression": EXPRESSION.finditer(text), "jargon": JARGON.finditer(text)}
-    return {
-        "update": sample["update"],
-        "who": sample["who"],
-        "right": sample["reward"] == 1,
-        "answer": final_number(text),
-        "jargon": has_jargon(text),
-        **count_handoffs([sample["spans"]]),
-        "tokens": tokens,
-        "underlined": [[*one.span(), kind] for kind, matches in found.items() for one in matches],
-    }
+    about = {"update": sample["update"], "who": sample["who"], "right": sample["reward"] == 1}
+    about |= {"jargon": has_jargon(text), "tokens": tokens}
+    verdict = "✓ right" if about["right"] else f"✗ wrong: {final_number(text) or 'no number'}"
+    verdict += ", with jargon" if about["jargon"] else ", no jargon"
+    return about | {"verdict": verdict, "underlined": [one.span() for one in JARGON.finditer(text)]}
 
 
 def describe_training(flags: dict) -> str:
-    """How a run was trained, in a sentence or three. Nothing without flags."""
-    if not flags:
-        return ""
-    about = "The senior was trained on solutions that it wrote together with the junior."
+    """How an arm is trained, in a few sentences. flags: all of DEFAULTS."""
     if flags["solo"]:
-        about = "A control: the senior was trained on solutions that it wrote alone."
-    if flags.get("rewards") == "shuffled":
-        about += " As a control, the rewards were shuffled among the solutions."
-    if "junior_weight" in flags and not flags["solo"]:
-        weight = flags["junior_weight"]
-        learns = {0: "only from its own words", 1: "from the junior's words too"}
-        learns = learns.get(weight, f"from the junior's words too, with weight {weight:g}")
-        algorithm = flags.get("algorithm", "reinforce").upper()
-        about += f" The update is {algorithm}, and the senior learns {learns}."
-    about += f" The coin follows the schedule “{flags['handoff']}” and names the senior with"
-    about += f" probability {flags['p']:g}."
+        about = "Standard RL: the senior is trained on solutions that it writes alone."
+    elif flags["imitation"]:
+        about = "A control: the senior is trained on solutions that the junior writes alone."
+    else:
+        about = "The senior is trained on solutions that it writes together with the junior; its"
+        about += f" words weigh 1 in the loss, the junior's j = {flags['junior_weight']:g}."
+    about += f" The update is {flags['algorithm'].upper()}."
+    if flags["wrong_weight"]:
+        about += f" Wrong solutions weigh c = {flags['wrong_weight']:g}."
+    if flags["rewards"] == "shuffled":
+        about += " As a control, the rewards are shuffled within each batch."
+    about += f" Where both write: schedule “{flags['handoff']}”, p = {flags['p']:g} for the senior."
     senior, junior = flags["senior_language"], flags["junior_language"]
     if senior != junior:
         about += f" The senior is asked to answer in “{senior}”, the junior in “{junior}”."

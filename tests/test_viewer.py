@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from lab import viewer
+from lab.experiments import DEFAULTS
 from lab.runs import Refused
 from rollout import Pair, Rollouts
 
-TINY = Path(__file__).parent.parent / "results" / "tiny"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "results" / "tiny"
 NASTY = "</script><img src=x onerror=alert(1)> <!-- & \u2028 \U0001f600"
 
 
@@ -66,7 +68,7 @@ def test_the_page_holds_every_kept_rollout(folder):
     for run in data["runs"]:
         path = folder / run["arm"] / "seed-0" / "samples.jsonl"
         kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        shown = [rollout for problem in run["problems"] for rollout in problem["rollouts"]]
+        shown = [rollout for *_, rollouts in run["problems"] for rollout in rollouts]
         assert len(shown) == len(kept)
         texts = {"".join(token[1] for token in rollout["tokens"]) for rollout in shown}
         assert texts == {"".join(text for _, text in sample["spans"]) for sample in kept}
@@ -82,7 +84,7 @@ def test_no_text_becomes_markup(folder):
     page = viewer.draw_page(folder, ["tandem"])
     template = viewer.TEMPLATE.read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8").count("<") == template.count("<")
-    assert data_of(page)["runs"][0]["problems"][0]["question"] == NASTY
+    assert data_of(page)["runs"][0]["problems"][0][0] == NASTY
 
 
 def test_the_page_stays_small_and_says_what_is_missing(folder, monkeypatch, capsys):
@@ -104,11 +106,67 @@ def test_a_row_that_is_no_sample_is_named(folder):
         viewer.draw_page(folder)
 
 
-def test_how_a_run_was_trained():
-    flags = dict(solo=False, rewards="shuffled", junior_weight=0.3, algorithm="grpo", p=0.5)
-    flags |= dict(handoff="word", senior_language="de", junior_language="fr")
-    about = viewer.describe_training(flags)
-    for said in ("together", "shuffled", "GRPO", "weight 0.3", "“word”", "0.5", "“de”", "“fr”"):
-        assert said in about
-    assert viewer.describe_training({}) == ""
-    assert "only from its own words" in viewer.describe_training(flags | {"junior_weight": 0.0})
+TOGETHER, ALONE = "together with the junior; its words weigh 1", "that it writes alone"
+COIN = "schedule “word”, p = 0.5"
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "unsaid"),
+    [
+        ({}, [TOGETHER, "j = 1.", "REINFORCE.", COIN], ["c =", "shuffled", "asked to answer"]),
+        ({"solo": True, "algorithm": "grpo"}, [ALONE, "GRPO.", COIN], [TOGETHER, "j ="]),
+        ({"imitation": True}, ["that the junior writes alone", COIN], [TOGETHER, ALONE, "j ="]),
+        ({"junior_weight": 0.3, "wrong_weight": -0.1}, ["j = 0.3.", "c = -0.1."], []),
+        (
+            {"rewards": "shuffled", "handoff": "redraw", "p": 0.25},
+            ["shuffled", "“redraw”, p = 0.25"],
+            [],
+        ),
+        ({"senior_language": "de", "junior_language": "fr"}, ["in “de”, the junior in “fr”"], []),
+    ],
+)
+def test_how_a_run_was_trained(given, said, unsaid):
+    about = viewer.describe_training(DEFAULTS | given)
+    assert all(text in about for text in said)
+    assert not any(text in about for text in unsaid)
+
+
+def rollouts_of_problem(alone: bool, *pair: tuple[bool, bool]) -> list[dict]:
+    """The senior alone before training is right or not; the pair is right, has jargon."""
+    joint = [{"who": "tandem", "right": right, "jargon": jargon} for right, jargon in pair]
+    return [{"who": "senior", "right": alone, "jargon": True}, *joint]
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "rank"),
+    [
+        (rollouts_of_problem(True, (False, True), (False, True), (True, False)), 3),
+        (rollouts_of_problem(False, (False, True), (True, False)), 2),
+        (rollouts_of_problem(True, (False, False), (True, False)), 2),
+        (rollouts_of_problem(True, (False, True), (True, True)), 2),
+        (rollouts_of_problem(True, (True, True), (True, False)), 1),
+        (rollouts_of_problem(True, (True, False), (False, False)), 0),
+        (rollouts_of_problem(True), 0),
+    ],
+)
+def test_the_rank_of_an_example(rollouts, rank):
+    assert viewer.rank_example(rollouts) == rank
+
+
+def test_a_run_before_its_first_row_is_not_on_the_page(folder):
+    (folder / "tandem" / "seed-0" / "metrics.jsonl").unlink()
+    assert [run["arm"] for run in data_of(viewer.draw_page(folder))["runs"]] == ["solo"]
+
+
+@pytest.mark.parametrize("copy", sorted((ROOT / "docs").glob("*.html")), ids=lambda path: path.stem)
+def test_the_published_pages_are_up_to_date(copy, tmp_path, monkeypatch):
+    """The command in the page makes it again. If this fails, run it and copy the page to docs/."""
+    page = copy.read_text(encoding="utf-8")
+    folder, *arms = re.search(r'"python -m lab.viewer ([^"]*)"', page)[1].split()
+    # The page is not written into results/.
+    (tmp_path / folder).mkdir(parents=True)
+    for run in (ROOT / folder).glob("*/seed-0"):
+        (tmp_path / folder / run.parent.name).symlink_to(run.parent)
+    monkeypatch.chdir(tmp_path)
+    assert viewer.draw_page(folder, arms).read_text(encoding="utf-8") == page
+    assert len(page) < 1_400_000
