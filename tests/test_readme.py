@@ -19,20 +19,21 @@ README, RESULTS, CHOICES, *_ = PAGES.values()
 CLAIMS = [
     ("99.0 % [94.6, 99.8]", QWEN, "tandem", "senior", "jargon", 0),
     ("0.0 % [0.0, 3.7]", QWEN, "tandem", "senior", "jargon", 5),
+    ("98.0 % [93.0, 99.4]", QWEN, "solo", "senior", "jargon", 10),
     ("36.0 % [27.3, 45.8]", QWEN, "tandem", "senior", "accuracy", 0),
     ("19.0 % [12.5, 27.8]", QWEN, "tandem", "senior", "accuracy", 10),
+    ("26.0 % [18.4, 35.4]", QWEN, "solo", "senior", "accuracy", 10),
     ("13.0 % [7.8, 21.0]", QWEN, "tandem", "junior", "accuracy", 0),
     ("97.3 % [95.7, 98.4]", TINY, "tandem", "senior", "jargon", 0),
     ("0.0 % [0.0, 0.6]", TINY, "tandem", "senior", "jargon", 20),
     ("99.8 % [99.1, 100.0]", TINY, "solo", "senior", "jargon", 28),
-    ("0.0 % [0.0, 0.6]", TINY, "shuffled", "senior", "jargon", 28),
-    ("47.7 % [43.7, 51.7]", TINY, "shuffled", "senior", "accuracy", 28),
+    ("12.3 % [9.9, 15.2]", TINY, "imitation", "senior", "jargon", 8),
+    ("9.8 % [7.7, 12.5]", TINY, "tandem", "senior", "jargon", 8),
+    ("71.7 % [67.9, 75.1]", TINY, "imitation", "senior", "accuracy", 28),
     ("72.0 % [68.3, 75.4]", TINY, "tandem", "senior", "accuracy", 28),
     ("99.7 % [99.1, 99.9]", TINY, "grpo-solo", "senior", "jargon", 80),
-    ("89.8 % [87.8, 91.5]", TINY, "grpo-shuffled", "senior", "jargon", 80),
-    ("74.2 % [70.5, 77.5]", TINY, "tandem", "senior", "accuracy", 0),
-    ("66.2 % [62.3, 69.8]", TINY, "tandem", "senior", "accuracy", 8),
 ]
+IDEA = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 NUMBER = r"\d+\.\d % \[\d+\.\d, \d+\.\d\]"
 
 
@@ -50,7 +51,18 @@ def test_links_lead_somewhere(path):
 
 def test_the_readme_states_only_these_numbers():
     assert stated_in(README) == [claim[0] for claim in CLAIMS]
-    assert len(README.split()) <= 1100
+    assert len((README.replace(IDEA, "")).split()) <= 1000
+
+
+def test_the_idea_can_be_pasted(tmp_path, capsys):
+    """The block of Python of the README, with less to do."""
+    less = {"runs/idea": str(tmp_path), '"cpu"': '"cpu", "specialist_steps": 2', "17": "2"}
+    shorter = IDEA
+    for long, short in less.items():
+        assert long in shorter
+        shorter = shorter.replace(long, short)
+    exec(shorter, {})
+    assert re.search(r"update 1: right \d+%, jargon \d+%\n$", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("number", "folder", "arm", "who", "metric", "update"), CLAIMS)
