@@ -20,7 +20,8 @@ by problem: if handoff is 1, 0 on the two problems of the only seed of one arm, 
 other, the difference is +50 points. A difference also has Student's interval over the seeds. Of
 some thirty comparisons, one or two have an interval without 0 by chance alone.
 
-No model is run here, and no metric computed.
+The example of the page and of figure 1 is chosen here as well. No model is run here, and no metric
+computed.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,12 +34,12 @@ import pandas as pd
 
 from lab.measures import SAMPLES, T_QUANTILES, bootstrap_interval, pass_at_k, seed_interval
 from lab.runs import Refused, read_back, read_rows, seed_folders, unusable
-from metrics import wilson_interval
+from metrics import has_jargon, wilson_interval
 
 # ------------------------------------------------------------------------------------------------
 # Reading
 
-COLUMNS = ["arm", "seed", "complete", "update", "who", "metric", "value", "n"]
+COLUMNS = ["arm", "seed", "update", "who", "metric", "value", "n"]
 KINDS = dict(handoff=str, p=(int, float), solo=bool, senior_language=str, junior_language=str)
 
 
@@ -91,34 +92,16 @@ def numbers_in(row: dict) -> list[tuple]:
     return numbers
 
 
-def read_arm(folder: str | Path, arm: str) -> list[tuple]:
-    """The cells of an arm. A seed is complete if it evaluated all three before training."""
-    cells = []
-    for seed, rows in read_seeds(folder, arm, "metrics.jsonl", numbers_in).items():
-        complete = {"senior", "tandem", "junior"} <= {who for _, who, *_ in rows[0]}
-        cells += [(arm, seed, complete, *number) for numbers in rows for number in numbers]
-    return cells
-
-
 def read_runs(folder: str | Path, arms: Iterable[str]) -> pd.DataFrame:
-    """The runs of those arms of which every seed is complete."""
-    cells = [cell for arm in dict.fromkeys(arms) for cell in read_arm(folder, arm)]
-    runs = pd.DataFrame(cells, columns=COLUMNS).astype({"complete": bool})
-    return runs[~runs.arm.isin(runs.arm[~runs.complete])]
-
-
-def read_doses(folder: str | Path) -> pd.DataFrame:
-    """grpo-tandem on several bases: `arm` is the annotated share that the base has seen.
-
-    RUNS/dose/<share> has the bases that are not shipped. Of the shipped one, whose runs lie in the
-    folder itself, only the seeds count that another base has too.
-    """
-    places = {float(path.name): path for path in Path(folder, "dose").glob("0.*")}
-    places = sorted(({SHIPPED: Path(folder)} | places).items())
-    cells = [(share, *cell[1:]) for share, at in places for cell in read_arm(at, DOSE_ARM)]
-    doses = pd.DataFrame(cells, columns=COLUMNS).astype({"complete": bool})
-    doses = doses[doses.complete]
-    return doses[doses.seed.isin(doses.seed[doses.arm != SHIPPED])]
+    """The runs of those arms of which every seed evaluated all three before training."""
+    cells = []
+    for arm in dict.fromkeys(arms):
+        seeds = read_seeds(folder, arm, "metrics.jsonl", numbers_in)
+        evaluated = [{who for _, who, *_ in rows[0]} for rows in seeds.values()]
+        if all({"senior", "tandem", "junior"} <= everybody for everybody in evaluated):
+            for seed, rows in seeds.items():
+                cells += [(arm, seed, *number) for numbers in rows for number in numbers]
+    return pd.DataFrame(cells, columns=COLUMNS)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,15 +136,9 @@ def pooled(runs: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
 
 
 def by_seed(runs: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
-    """A metric of an arm: a row per update and a column per seed."""
-    seeds = {seed: pooled(of_seed, who, metric).value for seed, of_seed in runs.groupby("seed")}
-    return pd.DataFrame(seeds)
-
-
-def updates_until(runs: pd.DataFrame, level: float) -> float:
-    """The first update at which the senior's jargon is under `level` percent, or nan."""
-    points = pooled(runs, "senior", "jargon")
-    return min(points.index[points.value < level], default=nan)
+    """A share of an arm in percent: a row per update and a column per seed."""
+    cells = cells_of(runs, who, metric)
+    return (100 * cells.pivot(index="update", columns="seed", values="value")).round(9)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,68 +213,73 @@ def table(runs: pd.DataFrame) -> str:
     return markdown_table([*HEADINGS, *added], rows)
 
 
-def handoffs_of(runs: pd.DataFrame) -> pd.DataFrame:
+def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
     """Handoffs per joint rollout before training, and where they are: a row per arm.
 
-    nan where old runs did not tell words and numbers apart.
+    "–" where old runs did not tell words and numbers apart.
     """
-    before = {}
+    rows = []
     for arm, of_arm in runs.groupby("arm", sort=False):
-        before[arm] = [pooled(of_arm, "tandem", name).value.get(0, nan) for name in HANDOFFS]
-    return pd.DataFrame.from_dict(before, orient="index", columns=[*HANDOFFS])
-
-
-def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
-    rows = handoffs_of(runs).map(lambda count: "–" if isnan(count) else f"{count:.1f}")
-    headings = ["arm, together before training", *HANDOFFS.values()]
-    return markdown_table(headings, [list(row) for row in rows.itertuples()])
+        counts = [pooled(of_arm, "tandem", name).value.get(0, nan) for name in HANDOFFS]
+        rows.append([arm, *("–" if isnan(count) else f"{count:.1f}" for count in counts)])
+    return markdown_table(["arm, together before training", *HANDOFFS.values()], rows)
 
 
 # ------------------------------------------------------------------------------------------------
-# The table of doses: does jargon that costs more go faster?
+# The example: a problem whose rollouts show what training does, from the first rank to the last
 
-DOSE_ARM, SHIPPED = "grpo-tandem", 0.06  # of the shipped base, ANNOTATED in lab/tiny.py
-DOSE_UPDATES = (0, 24, 48, 80)  # at which the table states the jargon
-LOW_JARGON = 5.0  # percent
-
-
-def cost_of_jargon(runs: pd.DataFrame) -> float:
-    """(senior alone + junior alone) / 2 - both together, in points of accuracy before training."""
-    everybody = ("senior", "junior", "tandem")
-    senior, junior, tandem = (pooled(runs, who, "accuracy").value.iloc[0] for who in everybody)
-    return (senior + junior) / 2 - tandem
+EXAMPLES = [
+    "the senior alone is right, the pair is wrong with jargon, and in the end right without jargon",
+    "the pair is wrong before training and right after it",
+    "the pair is not wrong before training and right after it",
+]
 
 
-def costs_and_updates(runs: pd.DataFrame) -> list[tuple[float, float, int]]:
-    """Per seed: the cost of jargon, the updates until it is low (or nan), and the last update."""
-    seeds = [of_seed for _, of_seed in runs.groupby("seed")]
-    evaluated = [of_seed["update"][of_seed.who == "senior"].max() for of_seed in seeds]
-    return [(cost_of_jargon(s), updates_until(s, LOW_JARGON), u) for s, u in zip(seeds, evaluated)]
+def sample_in(row: dict) -> dict:
+    """A row of samples.jsonl, with whether it has jargon. Raises an error if it is no sample."""
+    about = {key: row[key] for key in ("update", "who", "question", "gold", "spans")}
+    if not {author for author, _ in row["spans"]} <= {"senior", "junior"}:
+        raise ValueError("an author is unknown")
+    text = "".join(text for _, text in row["spans"])
+    return about | {"right": float(row["reward"]) == 1, "jargon": has_jargon(text)}
 
 
-def table_of_doses(folder: Path, runs: pd.DataFrame) -> str | None:
-    """A row per annotated share, with the range of the seeds in brackets; None without doses."""
-    headings = ["annotated", "seeds", "updates", "cost before training"]
-    headings += [f"jargon at {update}" for update in DOSE_UPDATES]
-    headings += [f"under {LOW_JARGON:g} % at", "accuracy alone"]
-    rows = []
-    for share, of_share in read_doses(folder).groupby("arm"):
-        costs, until, last = zip(*costs_and_updates(of_share))
-        accuracy = pooled(of_share, "senior", "accuracy")
-        row = [f"{100 * share:g} %", str(len(costs)), str(accuracy.index[-1])]
-        row += [f"{cost_of_jargon(of_share):.1f}{span(costs)}"]
-        row += [jargon_at(update, of_share) for update in DOSE_UPDATES]
-        # A seed whose jargon has never been low has "> " its last update.
-        row += [", ".join(f"> {b}" if isnan(a) else f"{a:.0f}" for a, b in zip(until, last))]
-        rows.append([*row, f"{accuracy.value.iloc[0]:.1f} → {with_interval(accuracy.iloc[-1])}"])
-    return markdown_table(headings, rows) if rows else None
+def example_rank(rollouts: list[dict]) -> int:
+    """How plainly the rollouts of one problem show what training does: an index of EXAMPLES.
+
+    rollouts: "who" wrote each, and whether it is "right" and has "jargon", in the order of updates.
+
+    >>> alone = dict(who="senior", right=True, jargon=True)
+    >>> before = dict(who="tandem", right=False, jargon=True)
+    >>> after = dict(who="tandem", right=True, jargon=False)
+    >>> example_rank([alone, before, after]), example_rank([before, after]), example_rank([before])
+    (0, 1, 2)
+    """
+    senior = [rollout for rollout in rollouts if rollout["who"] == "senior"]
+    pair = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
+    if not pair or pair[0]["right"] or not pair[-1]["right"]:
+        return 2
+    plain = senior and senior[0]["right"] and pair[0]["jargon"] and not pair[-1]["jargon"]
+    return 0 if plain else 1
 
 
-def jargon_at(update: int, runs: pd.DataFrame) -> str:
-    """The senior's jargon, such as "48.5 (2.0–98.5)"; "–" unless every seed has measured it."""
-    points, seeds = pooled(runs, "senior", "jargon"), by_seed(runs, "senior", "jargon")
-    known = update in points.index
-    return f"{points.value[update]:.1f}{span(seeds.loc[update])}" if known else "–"
+def choose_example(folder: Path) -> tuple[list[dict], str] | None:
+    """The joint rollouts of the first problem of the lowest rank, and how it was chosen.
+
+    None if no problem of the arm "tandem" was kept at three evaluations.
+    """
+    problems: dict[tuple, list[dict]] = {}
+    for seed, samples in read_seeds(folder, "tandem", "samples.jsonl", sample_in).items():
+        for sample in samples:
+            problems.setdefault((seed, sample["question"]), []).append(sample)
+    kept = [p for p in problems.values() if sum(r["who"] == "tandem" for r in p) >= 3]
+    ranks = [example_rank(rollouts) for rollouts in kept]
+    if not ranks:
+        return None
+    best = min(ranks)
+    why = f"Example: the first of {len(ranks)} kept problems such that {EXAMPLES[best]} "
+    why += f"({ranks.count(best)} of them)."
+    return [r for r in kept[ranks.index(best)] if r["who"] == "tandem"], why
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,6 +290,8 @@ PASS, RIGHT = "pass@4", f"right_of_{SAMPLES}"
 CONTINUED = ["continued_25", "continued_50", "continued_75"]
 IN_NATS = ("legibility", "drift", "drift_k3")  # per token; every other measure is a share
 MEASURES = ["solo", PASS, "handoff", "word", "retention", *CONTINUED, *IN_NATS]
+
+Ends = dict[int, pd.DataFrame]  # {seed: a row per problem, a column per measure}
 
 
 def measures_in(row: dict) -> tuple[int, pd.DataFrame]:
@@ -323,50 +307,55 @@ def measures_in(row: dict) -> tuple[int, pd.DataFrame]:
     return index(row["update"]), problems
 
 
-def read_measures(folder: str | Path, arms: Iterable[str]) -> pd.DataFrame:
-    """A row per arm, seed and update with its problems, and whether the run has finished.
+def read_ends(folder: str | Path, arms: Iterable[str]) -> tuple[dict[str, Ends], str]:
+    """The measures of every arm at the last update, and a sentence on runs that have not finished.
 
-    Raises Refused unless all finished runs were measured at the same update on equally many of the
-    same problems (a seed always draws the same ones).
+    Raises Refused unless all were measured at the same update on equally many of the same problems
+    (a seed always draws the same ones).
     """
-    rows = []
+    ends: dict[str, Ends] = {}
+    unfinished, alike = [], {}  # alike: {how a run was measured: the first such run}
     for arm in arms:
-        for seed, found in read_seeds(folder, arm, "measures.jsonl", measures_in).items():
+        for seed, rows in read_seeds(folder, arm, "measures.jsonl", measures_in).items():
             flags = read_flags(folder, arm, updates=int, problems=str, validation=bool)
+            (update, problems), run = rows[-1], f"{arm} seed {seed}"
+            if update < flags["updates"]:
+                unfinished.append(run)
+                continue
+            if PASS not in problems:
+                path = Path(folder, arm, f"seed-{seed}", "measures.jsonl")
+                raise unusable(path, f"its last row lacks {RIGHT}")
             drawn = flags["problems"] + " (validation)" * flags["validation"]
-            for update, problems in found:
-                finished = update >= flags["updates"]
-                how = f"update {update}, {len(problems)} problems of {drawn}"
-                rows.append((arm, seed, update, finished, how, problems))
-                if finished and PASS not in problems:
-                    path = Path(folder, arm, f"seed-{seed}", "measures.jsonl")
-                    raise unusable(path, f"its last row lacks {RIGHT}")
-    columns = ["arm", "seed", "update", "finished", "how", "problems"]
-    measured = pd.DataFrame(rows, columns=columns).astype({"finished": bool})
-    alike = measured[measured.finished].drop_duplicates("how")
+            alike.setdefault(f"update {update}, {len(problems)} problems of {drawn}", run)
+            ends.setdefault(arm, {})[seed] = problems
     if len(alike) > 1:
-        listed = "; ".join(alike.arm + " seed " + alike.seed.astype(str) + ": " + alike.how)
+        listed = "; ".join(f"{run}: {how}" for how, run in alike.items())
         raise Refused(f"{folder}: runs that were not measured alike cannot be compared ({listed})")
-    return measured
+    note = f"Left out at the end, because not finished: {', '.join(unfinished)}."
+    return ends, note if unfinished else ""
 
 
-def unfinished(measured: pd.DataFrame) -> str:
-    """A sentence that names the seeds that have not finished; empty if all have."""
-    finished = measured.groupby(["arm", "seed"], sort=False).finished.any()
-    names = [f"{arm} seed {seed}" for arm, seed in finished.index[~finished]]
-    return f"Left out at the end, because not finished: {', '.join(names)}." if names else ""
+def pairs_of(ends: dict[str, Ends]) -> dict[str, tuple[list, list]]:
+    """{arm: (tandem GRPO, this arm)}, each on the seeds that both have finished."""
+    first, pairs = ends.get(COMPARED, {}), {}
+    for arm, other in ends.items():
+        both = [seed for seed in first if seed in other and arm != COMPARED]
+        if both:
+            pairs[arm] = [first[seed] for seed in both], [other[seed] for seed in both]
+    return pairs
 
 
-def estimate(ends: pd.Series, name: str, minus: pd.Series | None = None) -> tuple:
-    """A measure at the end: its value, its interval (low, high), and its value in every seed.
+def estimate(name: str, *arms: list) -> tuple[float, list[tuple], list[float]]:
+    """A measure at the end: its value, its intervals, and its value in every seed.
 
-    ends: the problems of S seeds. minus: those of the same seeds of another arm, whose measure is
-    subtracted. Shares are in percent. Without a right solution, retention is nan.
+    arms: the problems of the S seeds of an arm, or of two, whose difference is taken. The intervals
+    are the bootstrap's and, of a difference, Student's. Shares are in percent. Without a right
+    solution, retention is nan.
     """
     columns = ["handoff", "solo"] if name == "retention" else [name]
-    arms = [ends] if minus is None else [ends, minus]
     # The numbers of both arms on a problem stay side by side: (S, N, K) or (S, N, 2K).
-    values = [np.stack([problems[columns] for problems in arm]) for arm in arms]
+    values = [np.stack([problems[columns] for problems in seeds]) for seeds in arms]
+    values = np.concatenate(values, axis=2)
 
     def measure(means: np.ndarray) -> float:
         value = means[0] / (means[1] or nan) if name == "retention" else means[0]
@@ -374,46 +363,42 @@ def estimate(ends: pd.Series, name: str, minus: pd.Series | None = None) -> tupl
 
     def statistic(means: np.ndarray) -> float:
         first, *other = map(measure, np.split(means, len(arms)))
-        return first - other[0] if other else first
+        return first - sum(other)
 
-    values = np.concatenate(values, axis=2)
-    seeds = [statistic(seed.mean(0)) for seed in values]
-    return statistic(values.mean((0, 1))), bootstrap_interval(values, statistic), seeds
+    by_seed = [statistic(seed.mean(0)) for seed in values]
+    intervals = [bootstrap_interval(values, statistic)]
+    if len(arms) == 2 and 2 <= len(by_seed) <= len(T_QUANTILES) + 1:
+        intervals.append(seed_interval(by_seed))
+    return statistic(values.mean((0, 1))), intervals, by_seed
 
 
-def measure_cell(ends: pd.Series, name: str, minus: pd.Series | None = None) -> str:
+def measure_cell(name: str, *arms: list) -> str:
     """mean [95 % interval] (range of the seeds), or difference [bootstrap] [Student's t].
 
     A difference is bold if both intervals are without 0.
     """
-    if ends.empty:
-        return "–"
-    value, interval, seeds = estimate(ends, name, minus)
-    form = ("" if minus is None else "+") + (".4f" if name in IN_NATS else ".1f")
-    by_student = minus is not None and 2 <= len(seeds) <= len(T_QUANTILES) + 1
-    intervals = [interval, seed_interval(seeds)] if by_student else [interval]
+    value, intervals, by_seed = estimate(name, *arms)
+    form = ("+" if len(arms) == 2 else "") + (".4f" if name in IN_NATS else ".1f")
     cell = " ".join([f"{value:{form}}", *(f"[{a:{form}}, {b:{form}}]" for a, b in intervals)])
-    if minus is None:
-        return cell + span(seeds, form)
+    if len(arms) == 1:
+        return cell + span(by_seed, form)
     return f"**{cell}**" if all(low > 0 or high < 0 for low, high in intervals) else cell
 
 
 def table_of_measures(folder: Path, runs: pd.DataFrame) -> str | None:
-    """A row per arm at the last update, then a row per comparison with tandem GRPO.
-
-    Arms are compared on the seeds that both have finished. None if nothing was measured.
-    """
-    measured = read_measures(folder, runs.arm.unique())
-    old = all("drift_k3" in problems for problems in measured.problems)
+    """A row per arm at the last update, then a row per comparison; None if nothing was measured."""
+    ends, unfinished = read_ends(folder, runs.arm.unique())
+    if not ends:
+        return None
+    old = all("drift_k3" in problems for seeds in ends.values() for problems in seeds.values())
     names = MEASURES if old else MEASURES[:-1]
-    ends = measured[measured.finished].set_index("seed")
-    ends = {arm: ends.problems[ends.arm == arm] for arm in measured.arm.unique()}
-    rows = [[a, str(len(p)), *(measure_cell(p, n) for n in names)] for a, p in ends.items()]
-    parts = [markdown_table(["arm", "seeds", *names], rows), unfinished(measured)]
-    rows, first = [], ends.pop(COMPARED, None)
-    for arm, other in ends.items() if first is not None else ():
-        both = first.index.intersection(other.index)
-        cells = [measure_cell(first[both], name, other[both]) for name in names]
-        rows.append([f"{COMPARED} − {arm}", str(len(both)), *cells])
-    parts += [markdown_table(["difference", "seeds", *names], rows)] if rows else []
-    return "\n\n".join(filter(None, parts)) if len(measured) else None
+    arms = {arm: [list(seeds.values())] for arm, seeds in ends.items()}
+    pairs = {f"{COMPARED} − {arm}": pair for arm, pair in pairs_of(ends).items()}
+    parts = []
+    for heading, compared in [("arm", arms), ("difference", pairs)]:
+        rows = [
+            [row, str(len(of_row[0])), *(measure_cell(name, *of_row) for name in names)]
+            for row, of_row in compared.items()
+        ]
+        parts.append(markdown_table([heading, "seeds", *names], rows) if rows else "")
+    return "\n\n".join(filter(None, [parts[0], unfinished, parts[1]]))
