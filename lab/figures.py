@@ -393,9 +393,7 @@ def rlvr(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     entries = dict(zip(labels, handles))
     options = dict(loc="outside upper center", ncols=2, title="tandem GRPO minus")
     figure.legend(entries.values(), entries, **options)
-    note = (
-        "Thick: 95\u00a0% bootstrap interval over seeds and problems; thin: Student's, over seeds. "
-    )
+    note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over seeds. "
     return caption(figure, folder, runs, note + unfinished)
 
 

@@ -226,13 +226,14 @@ def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# The example: a problem whose rollouts show what training does, from the first rank to the last
+# The example: the first kept problem of the highest rank, on the page of rollouts and in Figure 1
 
-EXAMPLES = [
-    "the senior alone is right, the pair is wrong with jargon, and in the end right without jargon",
-    "the pair is wrong before training and right after it",
-    "the pair is not wrong before training and right after it",
-]
+EXAMPLES = {
+    3: "the senior alone is right, the pair is wrong with jargon, and in the end right without jargon",
+    2: "the pair is wrong before training and right after it",
+    1: "the pair loses its jargon",
+    0: "none of this is so",
+}
 
 
 def sample_in(row: dict) -> dict:
@@ -244,27 +245,23 @@ def sample_in(row: dict) -> dict:
     return about | {"right": float(row["reward"]) == 1, "jargon": has_jargon(text)}
 
 
-def example_rank(rollouts: list[dict]) -> int:
-    """How plainly the rollouts of one problem show what training does: an index of EXAMPLES.
+def rank_example(rollouts: list[dict]) -> int:
+    """How plainly the rollouts of one problem show what training does: a key of EXAMPLES.
 
     rollouts: "who" wrote each, and whether it is "right" and has "jargon", in the order of updates.
-
-    >>> alone = dict(who="senior", right=True, jargon=True)
-    >>> before = dict(who="tandem", right=False, jargon=True)
-    >>> after = dict(who="tandem", right=True, jargon=False)
-    >>> example_rank([alone, before, after]), example_rank([before, after]), example_rank([before])
-    (0, 1, 2)
     """
-    senior = [rollout for rollout in rollouts if rollout["who"] == "senior"]
-    pair = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
-    if not pair or pair[0]["right"] or not pair[-1]["right"]:
-        return 2
-    plain = senior and senior[0]["right"] and pair[0]["jargon"] and not pair[-1]["jargon"]
-    return 0 if plain else 1
+    alone = [rollout for rollout in rollouts if rollout["who"] == "senior"]
+    joint = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
+    if not alone or not joint:
+        return 0
+    corrected = joint[-1]["right"] and not joint[0]["right"]
+    lost = joint[0]["jargon"] and not joint[-1]["jargon"]
+    best = corrected and lost and alone[0]["right"]
+    return 3 if best else 2 if corrected else int(lost)
 
 
 def choose_example(folder: Path) -> tuple[list[dict], str] | None:
-    """The joint rollouts of the first problem of the lowest rank, and how it was chosen.
+    """The joint rollouts of the first problem of the highest rank, and how it was chosen.
 
     None if no problem of the arm "tandem" was kept at three evaluations.
     """
@@ -273,10 +270,10 @@ def choose_example(folder: Path) -> tuple[list[dict], str] | None:
         for sample in samples:
             problems.setdefault((seed, sample["question"]), []).append(sample)
     kept = [p for p in problems.values() if sum(r["who"] == "tandem" for r in p) >= 3]
-    ranks = [example_rank(rollouts) for rollouts in kept]
+    ranks = [rank_example(rollouts) for rollouts in kept]
     if not ranks:
         return None
-    best = min(ranks)
+    best = max(ranks)
     why = f"Example: the first of {len(ranks)} kept problems such that {EXAMPLES[best]} "
     why += f"({ranks.count(best)} of them)."
     return [r for r in kept[ranks.index(best)] if r["who"] == "tandem"], why

@@ -26,10 +26,9 @@ from pathlib import Path
 
 import torch
 
-from lab import engine
+from lab import engine, tables
 from lab.experiments import ABOUT, DEFAULTS, SETTINGS, arms_of
 from lab.runs import errors_in_one_line, read_back, read_rows, replace_file, seed_folders, unusable
-from lab.tables import read_flags
 from metrics import JARGON, has_jargon
 from reward import final_number, reward
 from rollout import Pair, Rollouts
@@ -95,28 +94,6 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
     return found
 
 
-def rank_example(rollouts: list[dict]) -> int:
-    """How well the rollouts of one problem, in the order of updates, show tandem training.
-
-    3  before training the senior alone is right and the pair is wrong, with jargon; after it the
-       pair is right, without jargon
-    2  the pair goes from wrong to right
-    1  the pair loses its jargon
-    0  none of these
-
-    Of a rollout it reads "who", "right" and "jargon". Where one example is shown, it is the first
-    problem of the highest rank.
-    """
-    alone = [rollout for rollout in rollouts if rollout["who"] == "senior"]
-    joint = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
-    if not alone or not joint:
-        return 0
-    corrected = joint[-1]["right"] and not joint[0]["right"]
-    lost = joint[0]["jargon"] and not joint[-1]["jargon"]
-    best = corrected and lost and alone[0]["right"]
-    return 3 if best else 2 if corrected else int(lost)
-
-
 # ------------------------------------------------------------------------------------------------
 # The page
 
@@ -163,7 +140,7 @@ def read_run(folder: Path) -> dict:
     setting = ABOUT.get(SETTING_OF.get(arm), "other arms")
     run = {"arm": arm, "seed": int(folder.name[5:]), "setting": setting, "about": "", "flags": {}}
     if (folder / "config.json").is_file():
-        run["flags"] = DEFAULTS | read_flags(folder.parents[1], arm)
+        run["flags"] = DEFAULTS | tables.read_flags(folder.parents[1], arm)
         run["flags"]["commit"] = read_back(folder / "config.json").get("commit")
         run["about"] = describe_training(run["flags"])
     problems: dict[tuple, list[dict]] = {}
@@ -179,7 +156,9 @@ def read_run(folder: Path) -> dict:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unusable(folder, f"a row is not what a run writes: {type(error).__name__}") from error
     # Before the end of its first evaluation a run may lack rollouts of some writer.
-    found = [[*problem, rank_example(of), of] for problem, of in problems.items() if evaluations]
+    found = [
+        [*problem, tables.rank_example(of), of] for problem, of in problems.items() if evaluations
+    ]
     return run | {"problems": found, "evaluations": evaluations}
 
 

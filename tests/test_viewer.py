@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import viewer
+from lab import tables, viewer
 from lab.experiments import DEFAULTS
 from lab.runs import Refused
 from rollout import Pair, Rollouts
@@ -150,7 +150,7 @@ def rollouts_of_problem(alone: bool, *pair: tuple[bool, bool]) -> list[dict]:
     ],
 )
 def test_the_rank_of_an_example(rollouts, rank):
-    assert viewer.rank_example(rollouts) == rank
+    assert tables.rank_example(rollouts) == rank
 
 
 def test_a_run_before_its_first_row_is_not_on_the_page(folder):
