@@ -393,7 +393,8 @@ def rlvr(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     entries = dict(zip(labels, handles))
     options = dict(loc="outside upper center", ncols=2, title="tandem GRPO minus")
     figure.legend(entries.values(), entries, **options)
-    note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over seeds. "
+    note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over "
+    note += "seeds. "
     return caption(figure, folder, runs, note + unfinished)
 
 

@@ -229,7 +229,7 @@ def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
 # The example: the first kept problem of the highest rank, on the page of rollouts and in Figure 1
 
 EXAMPLES = {
-    3: "the senior alone is right, the pair is wrong with jargon, and in the end right without jargon",
+    3: "the senior alone is right, the pair wrong with jargon, and in the end right without jargon",
     2: "the pair is wrong before training and right after it",
     1: "the pair loses its jargon",
     0: "none of this is so",
