@@ -50,7 +50,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab import models, runs
 from lab.engine import completion_logprobs
-from lab.figures import STYLES
+from lab.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from lab.flags import number
 from lab.measures import seed_interval
 from lab.specialist import fine_tune
@@ -716,7 +716,9 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
     Means over seeds with 95 % intervals.
     """
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for (name, by_seed), style in zip(results.items(), STYLES):
+    looks = [*zip((BLUE, RED, GREEN, ORANGE, PINK, SKY), "os^DvP")]
+    styles = [dict(color=c, marker=m, linestyle=line) for line in ("-", "--") for c, m in looks]
+    for (name, by_seed), style in zip(results.items(), styles):
         seeds = list(by_seed.values())
         rows = [seed["evaluations"] for seed in seeds]
         loops = [seed["horizons"][""] for seed in seeds]

@@ -46,8 +46,6 @@ plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
 plt.rcParams |= {"text.hinting": "none"}  # which would change the widths of the characters
 # The colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9".split()
-LOOKS = [*zip((BLUE, RED, GREEN, ORANGE, PINK, SKY), "os^DvP")]
-STYLES = [dict(color=c, marker=m, linestyle=line) for line in ("-", "--", ":") for c, m in LOOKS]
 GREY = "#555555"  # of the junior alone, and of arms that are not below
 
 # Label, colour and marker of an arm in every figure; the arms of a pair of languages look like
