@@ -5,8 +5,8 @@ al., 2023); West et al. (2025) use rank 16, alpha 16 and all linear layers. If -
 are the same checkpoint, its weights are loaded once: the junior is that base with the adapter off,
 and one forward pass can serve both (SharedJunior). Otherwise the junior is a second model.
 
-Measured: with Qwen2.5 1.5B and 0.5B in bfloat16 on a CPU, and updates in parts of 2,048 tokens, the
-process takes 20.1 GB at most.
+Memory, measured once: with Qwen2.5 1.5B and 0.5B in bfloat16 on a CPU, and updates in parts of
+2,048 tokens, the peak of the process is 20.1 GB.
 
 Before anything long, a pair is tried out: what lab/engine.py does with it is compared with plain
 forward passes, and architectures for which they differ are refused. No code of a checkpoint is run.
