@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -37,6 +38,8 @@ def command(base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run_gsm8k, "reward", half)
     monkeypatch.setattr(run_gsm8k, "_pair", PAIR)
     monkeypatch.setattr(run_gsm8k.figures, "draw_all", lambda *_: None)
+    for state in (terminal.durations, terminal.updates_left, terminal.running):
+        state.clear()  # of the last test
     sizes = "--device cpu --jobs 1 --updates 2 --batch 8 --eval-problems 4 --eval-every 2"
     sizes += " --max-new-tokens 8 --specialist-steps 2 --specialist-batch 4"
     sizes += f" --senior {base_folder} --junior {base_folder} --out {tmp_path}/runs"
@@ -134,19 +137,19 @@ def test_all_arms_of_all_settings(command, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("at_a_time", "12")
-def test_what_is_printed(command, tmp_path, monkeypatch, capfd, at_a_time):
-    """Without a terminal: a row per evaluation, by the parent process only. Nothing is right here,
-    which teaches nothing."""
+def test_what_is_printed(command, tmp_path, monkeypatch, capsys, at_a_time):
+    """Without a terminal: a row per evaluation. Nothing is right here, which teaches nothing."""
     fork(monkeypatch)
     monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: 0.0)
     run_gsm8k.main([*command, "--jobs", at_a_time])
-    printed = capfd.readouterr()
+    printed = capsys.readouterr()  # by this process, not by its workers
     assert printed.err == ""
     lines = printed.out.splitlines()
     assert max(map(len, lines)) <= 79 + len(str(tmp_path))
     assert sum("update" in line and "min left" in line for line in lines) == 1
     rows = [line.split() for line in lines if re.match("(tandem|solo) +[0-9]", line)]
     assert sorted(row[:2] for row in rows) == [[a, u] for a in ("solo", "tandem") for u in "02"]
+    assert rows[-1][-1] == "0"  # minutes left
     assert max(len(line) for line in lines if line.startswith("tandem  ")) <= 72
     outcome = "(.*): jargon [0-9]+ -> [0-9]+ %, right alone [0-9]+ -> [0-9]+ %, right together .*"
     assert re.findall(outcome, printed.out) == ["tandem", "solo"]
@@ -157,8 +160,6 @@ def test_what_is_printed(command, tmp_path, monkeypatch, capfd, at_a_time):
 def test_the_line_of_progress(command, monkeypatch, capsys):
     """On a terminal. It is not longer than the terminal is wide, and is gone at the end."""
     monkeypatch.setattr(os, "isatty", lambda stream: True)
-    for state in (terminal.durations, terminal.updates_left, terminal.running):
-        state.clear()  # of other tests
     run_gsm8k.main([*command, "--seeds", "2"])
     drawn = capsys.readouterr().err.split("\r")
     assert {len(line) for line in drawn} == {terminal.WIDTH, 0}
@@ -440,6 +441,8 @@ def fork(monkeypatch):
 
 
 def is_refused(args):
+    if args.arm == "solo":
+        time.sleep(60)  # it is not waited for
     raise runs.Refused(f"{args.arm} is refused")
 
 
@@ -464,5 +467,7 @@ def test_runs_side_by_side_are_those_of_one_process(command, tmp_path, monkeypat
 )
 def test_what_ends_a_process_is_said(tmp_path, monkeypatch, train, message):
     fork(monkeypatch)
+    started = time.time()
     with pytest.raises(runs.Refused, match=message):
         jobs.run_all(train, runs_of(f"--setting skill --jobs 2 --out {tmp_path}"))
+    assert time.time() - started < 30
