@@ -190,12 +190,7 @@ def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, t
 # A .json file of the base, changes to it, further flags, and what is said.
 REFUSED = [
     ("adapter_config", {}, "", "adapter: merge it .peft: merge_and_unload"),
-    (
-        "config",
-        {},
-        "--senior ~/none --junior ~/none",
-        "cannot load '/.*none' .there is no such fold",
-    ),
+    ("config", {}, "--senior ~/none --junior ~/none", "cannot load '/.*none' .there is no"),
     ("config", {}, "--junior tiny", "one tokenizer, but have 317 and 765 tokens, and 118"),
     ("config", {}, "--problems BASE", "'Question: .* 1 to be written .* of 1024: shorten this"),
     ("config", {"max_position_embeddings": 99}, "", "and 8 to be written exceed .* of 99: shorten"),
