@@ -27,7 +27,7 @@ from reward import is_correct
 # One solution
 
 # An annotation, or half of one that a handoff has cut in two. To study another jargon, change this
-# and `annotated_solutions` in lab/specialist.py, which teaches it.
+# and `annotated_solutions` in lab/problems.py, which teaches it.
 JARGON = re.compile(r"<<[^\n]*?>>|<<|>>")
 
 
