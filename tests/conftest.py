@@ -8,12 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test wait
 import lab  # noqa: F401  before torch: it sets how threads wait
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast
 
-from lab.models import token_bytes
-from rollout import Pair, random_numbers, rollout
+from lab.models import SharedJunior, add_adapter, token_bytes
+from rollout import Pair, Rollouts, random_numbers, rollout
 
 torch.set_num_threads(1)  # models this small gain nothing from more threads
 TEXT = ["Natalia sold 48 clips in April, schön. l'eau 三个\n"] * 4
@@ -39,18 +40,14 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def sentencepiece():
     """The spelling of Llama 2: "▁" is a space, <0xE4> a byte of a character without a token."""
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens += ["▁", *sorted(set("Awordswl482,NatiaschönBC/=<>."))]
-    merges = [("▁", "4"), ("▁4", "8"), ("▁", "w"), ("▁w", "o"), ("▁wo", "r"), ("▁wor", "d")]
-    vocabulary = {token: i for i, token in enumerate(tokens + ["".join(two) for two in merges])}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", *sorted(set("Awordswl482,NatiaschönBC/=<>.")), "▁4", "▁48", "▁w"]
+    merges = [("▁", "4"), ("▁4", "8"), ("▁", "w")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     fast = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    space, line = pre_tokenizers.Metaspace(prepend_scheme="first"), Regex("\n")
-    parts = [space, pre_tokenizers.Split(line, "isolated")]
-    fast.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence(parts)
-    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    fast.normalizer = normalizers.Sequence(spaces)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
 
 
 COMMON = dict(initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0)
@@ -91,7 +88,25 @@ def make_pair(senior, junior, tokenizer, end_ids=(1,), both=None) -> Pair:
     return Pair(senior, junior, tokenizer, tokenizer, list(end_ids), pieces, both)
 
 
+def shared_pair(make_model, tokenizer) -> Pair:
+    """A senior with a random adapter; the junior is its base, and one pass serves both."""
+    senior = add_adapter(make_model(len(tokenizer), 0), rank=4).double()
+    for layer in senior.modules():
+        if isinstance(layer, LoraLayer):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    junior, ends = SharedJunior(senior), range(1, len(tokenizer), 8)
+    return make_pair(senior, junior, tokenizer, ends, junior.beside_senior)
+
+
 def write(pair: Pair, prompts, max_new_tokens=14, **options):
     """Rollouts with the random numbers of seed 2. prompts: the senior's and the junior's lists."""
     noise, coins = random_numbers(len(prompts[0]), max_new_tokens, seed=2)
     return rollout(pair, *prompts, noise, coins, **(dict(p=0.5, temperature=1.3) | options))
+
+
+def rollouts_of(ids, by_senior, mask=None, texts=None) -> Rollouts:
+    """Completions by hand, lists or tensors (B, C), after prompts that do not matter."""
+    ids, by_senior = torch.as_tensor(ids), torch.as_tensor(by_senior)
+    ones = torch.ones_like(ids)
+    mask = ones if mask is None else torch.as_tensor(mask)
+    return Rollouts(ones, ones, ones, ones, ids, mask, by_senior, texts or [""] * len(ids))

@@ -6,20 +6,20 @@ junior's candidate, coin) at each of the three steps: (3 * 3 * 2) ** 3 = 5,832 p
 batch. A coin that is never tossed is summed out, since both of its sides are among the paths.
 """
 
-import itertools
-from functools import lru_cache
+from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conftest import rollouts_of
 from reinforce import group_advantages, outcome_weights, token_weights
-from rollout import Rollouts
 from tandem import Handoff
 
 V, STEPS = 3, 3
 STEP = [range(V), range(V), range(2)]
-PATHS = torch.tensor(list(itertools.product(*STEP * STEPS))).view(-1, STEPS, 3)
+PATHS = torch.tensor(list(product(*STEP * STEPS))).view(-1, STEPS, 3)
 
 
 def history(tokens: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def history(tokens: torch.Tensor) -> torch.Tensor:
     return index
 
 
-@lru_cache
+@cache
 def walk(schedule: str, p: float) -> SimpleNamespace:
     """All paths under a schedule: probabilities, rewards, rollouts, and the senior's terms."""
     generator = torch.Generator().manual_seed(0)
@@ -42,48 +42,39 @@ def walk(schedule: str, p: float) -> SimpleNamespace:
     handoff = Handoff([b"a", b"b", b" c"], schedule, p, coins)
     probability, p_of_coin = 1.0, torch.tensor([1 - p, p], dtype=torch.float64)
     tokens, authors = torch.zeros(2, len(PATHS), 0, dtype=torch.long)
-    logprobs, discarded = [], []
+    logprobs = discarded = torch.zeros(len(PATHS), 0)
     for t in range(STEPS):
         s, j = (table.log_softmax(-1)[history(tokens)] for table in (theta, phi))  # (paths, V)
-        senior_ids, junior_ids, coin = PATHS[:, t].T
-        of_senior = s.gather(1, senior_ids[:, None])[:, 0]
-        of_junior = j.gather(1, junior_ids[:, None])[:, 0]
+        senior_ids, junior_ids, coin = PATHS[:, t, :, None].unbind(1)  # (paths, 1) each
+        of_senior, of_junior = s.gather(1, senior_ids), j.gather(1, junior_ids)
         probability = probability * (of_senior + of_junior).exp() * p_of_coin[coin]
-        was_active = torch.tensor([bool(active) for active in handoff.senior_active])
-        chosen = handoff.choose(range(len(PATHS)), senior_ids.tolist(), junior_ids.tolist())
-        senior = torch.tensor(chosen)
+        was_active = torch.tensor([[bool(active)] for active in handoff.senior_active])
+        candidates = senior_ids.flatten().tolist(), junior_ids.flatten().tolist()
+        senior = torch.tensor(handoff.choose(range(len(PATHS)), *candidates))[:, None]
         # The senior's candidate caused a toss, but the junior's was written.
-        discarded.append(torch.where(was_active & ~senior, of_senior, 0.0))
-        ids = torch.where(senior, senior_ids, junior_ids)[:, None]
-        logprobs.append(s.gather(1, ids)[:, 0])
-        tokens, authors = torch.cat([tokens, ids], 1), torch.cat([authors, senior[:, None]], 1)
+        lost = torch.where(was_active & ~senior, of_senior, 0.0)
+        ids = torch.where(senior, senior_ids, junior_ids)
+        logprobs = torch.cat([logprobs, s.gather(1, ids)], 1)
+        discarded = torch.cat([discarded, lost], 1)
+        tokens, authors = torch.cat([tokens, ids], 1), torch.cat([authors, senior], 1)
     assert probability.sum().item() == pytest.approx(1.0, abs=1e-12)
-    ones, rewards = torch.ones_like(tokens), right[history(tokens)]
-    found = Rollouts(ones, ones, ones, ones, tokens, ones, authors, [""] * len(tokens))
-    terms = dict(logprobs=torch.stack(logprobs, 1), discarded=torch.stack(discarded, 1))
-    probabilities = dict(theta=theta, probability=probability, rewards=rewards)
-    return SimpleNamespace(rollouts=found, **probabilities, **terms)
+    found = SimpleNamespace(theta=theta, logprobs=logprobs, discarded=discarded)
+    found.probability, found.rewards = probability[:, 0], right[history(tokens)]
+    found.rollouts = rollouts_of(tokens, authors)
+    return found
 
 
-def gradients(schedule: str, w, junior_weight: float, p: float, discarded_too=False):
+def gradients(paths, w: torch.Tensor, junior_weight=0.0, discarded_too=False):
     """(gradient of the expected reward by autograd, expectation of REINFORCE's over all paths).
 
-    w: the weight of every rollout, a function of the paths.
+    w: the weight of every rollout.
     """
-    paths = walk(schedule, p)
     expected = (paths.probability * paths.rewards).sum()
-    weights = token_weights(paths.rollouts, w(paths), junior_weight).double()
+    weights = token_weights(paths.rollouts, w, junior_weight).double()
     terms = weights * paths.logprobs + discarded_too * paths.rewards[:, None] * paths.discarded
     estimate = (paths.probability.detach() * terms.sum(1)).sum()
     both = (torch.autograd.grad(x, paths.theta, retain_graph=True)[0] for x in (expected, estimate))
     return tuple(gradient.flatten() for gradient in both)
-
-
-def reinforce(schedule, junior_weight=0.0, p=0.5, wrong_weight=0.0, discarded_too=False):
-    def w(paths):
-        return outcome_weights(paths.rewards, wrong_weight)
-
-    return gradients(schedule, w, junior_weight, p, discarded_too)
 
 
 def equal(exact, estimate) -> bool:
@@ -91,13 +82,33 @@ def equal(exact, estimate) -> bool:
     return exact.norm() > 0.01 and (exact - estimate).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("schedule", ["token", "redraw"])
-def test_exact_where_coins_depend_on_written_text(schedule):
-    assert equal(*reinforce(schedule))
-    assert equal(*reinforce(schedule, p=0.8))
-    # c = -0.4 is a constant baseline: w = 1.4 * (r - 0.4 / 1.4).
-    exact, estimate = reinforce(schedule, wrong_weight=-0.4)
-    assert equal(1.4 * exact, estimate)
+EXACT = [("token", 0.5), ("token", 0.8), ("redraw", 0.5), ("redraw", 0.8), ("word", 1.0)]
+
+
+@pytest.mark.parametrize(("schedule", "p"), EXACT)
+def test_exact_where_coins_depend_on_written_text(schedule, p):
+    """c = -0.4 is a constant baseline: w = 1.4 * (r - 0.4 / 1.4)."""
+    paths = walk(schedule, p)
+    for c in (0.0, -0.4):
+        exact, estimate = gradients(paths, outcome_weights(paths.rewards, c))
+        assert equal((1 - c) * exact, estimate)
+
+
+@pytest.mark.parametrize(("schedule", "p"), EXACT)
+def test_grpo_in_groups_of_two_is_the_policy_gradient(schedule, p):
+    """With two rollouts the standard deviation is the same wherever the advantages are not 0.
+
+    All groups of two paths would be 34 million. But given its own path, a rollout's expected
+    advantage depends only on the probability q that the other rollout of its group is right. The
+    advantage is a = 0.5 / (sqrt(1/2) + 1e-6) if only this one is right, -a if only the other is,
+    else 0. So E[A] = a * (r * (1 - q) - (1 - r) * q) = a * (r - q), and q is a constant baseline.
+    """
+    paths = walk(schedule, p)
+    q = (paths.probability * paths.rewards).sum().detach()
+    pairs = torch.tensor([0, 0, 0, 1, 1, 0, 1, 1]).double()  # rewards of this one and the other
+    of_reward = group_advantages(pairs, 2)[::2].view(2, 2) @ torch.stack([1 - q, q])
+    exact, estimate = gradients(paths, of_reward[paths.rewards.long()])
+    assert equal(0.5 / (0.5**0.5 + 1e-6) * exact, estimate)
 
 
 def test_word_is_an_approximation():
@@ -105,8 +116,9 @@ def test_word_is_an_approximation():
 
     With the discarded candidates scored as well it is exact.
     """
-    assert 0.88 < torch.cosine_similarity(*reinforce("word"), dim=0) < 0.92
-    assert equal(*reinforce("word", discarded_too=True))
+    paths = walk("word", 0.5)
+    assert 0.88 < torch.cosine_similarity(*gradients(paths, paths.rewards), dim=0) < 0.92
+    assert equal(*gradients(paths, paths.rewards, discarded_too=True))
 
 
 @pytest.mark.parametrize("schedule", ["token", "word", "redraw"])
@@ -115,41 +127,6 @@ def test_the_juniors_tokens(schedule):
 
     At p = 1 there are none, whatever j is.
     """
-    assert torch.cosine_similarity(*reinforce(schedule, junior_weight=1.0), dim=0) < 0.97
-    for junior_weight in (0.0, 1.0):
-        assert equal(*reinforce(schedule, junior_weight, p=1.0))
-
-
-def grpo(schedule: str, p: float):
-    """(a times the gradient of the expected reward, expectation of GRPO's in groups of two).
-
-    All groups of two paths would be 34 million. But given its own path, a rollout's expected
-    advantage depends only on the probability q that the other rollout of its group is right. The
-    advantage is a = 0.5 / (sqrt(1/2) + 1e-6) if only this one is right, -a if only the other is,
-    else 0. So E[A] = a * (r * (1 - q) - (1 - r) * q) = a * (r - q), and q is a constant baseline.
-    """
-
-    def w(paths):
-        q, r = (paths.probability.detach() * paths.rewards).sum(), paths.rewards
-        groups = [torch.stack([r, torch.full_like(r, other)], 1).flatten() for other in (1, 0)]
-        beside_right, beside_wrong = (group_advantages(group, 2)[::2] for group in groups)
-        return q * beside_right + (1 - q) * beside_wrong
-
-    exact, estimate = gradients(schedule, w, junior_weight=0.0, p=p)
-    return 0.5 / (0.5**0.5 + 1e-6) * exact, estimate
-
-
-@pytest.mark.parametrize(
-    ("schedule", "p"),
-    [("token", 0.5), ("token", 0.8), ("redraw", 0.5), ("redraw", 0.8), ("word", 1.0)],
-)
-def test_grpo_in_groups_of_two_is_the_policy_gradient(schedule, p):
-    """With two rollouts the standard deviation is the same wherever the advantages are not 0."""
-    assert equal(*grpo(schedule, p))
-
-
-@pytest.mark.parametrize("method", [reinforce, grpo])
-def test_p_0_without_the_juniors_tokens_teaches_nothing(method):
-    exact, estimate = method("word", p=0.0)
-    assert exact.abs().max() < 1e-12
-    assert estimate.abs().max() == 0
+    paths, alone = walk(schedule, 0.5), walk(schedule, 1.0)
+    assert torch.cosine_similarity(*gradients(paths, paths.rewards, 1.0), dim=0) < 0.97
+    assert equal(*gradients(alone, alone.rewards, 1.0))

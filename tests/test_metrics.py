@@ -5,30 +5,10 @@ import math
 import pytest
 import torch
 
-from lab.problems import LANGUAGES, generate, plain
-from metrics import (
-    METRICS,
-    batch_statistics,
-    count_handoffs,
-    distance_from_junior,
-    has_jargon,
-    language_of,
-    summarise,
-    wilson_interval,
-)
-from rollout import Rollouts
-
-
-def test_jargon():
-    assert all(map(has_jargon, ("48/2 = <<48/2=24>>24", "48/2 = <<48/2=", "=24>>24")))
-    assert not any(map(has_jargon, ("48/2 = 24 < 30 > 2", "")))
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_language_of_solutions_whose_language_is_known(language):
-    solutions = [problem.solutions[language] for problem in generate(100, "test", 1)]
-    for form in (solutions, list(map(plain, solutions))):
-        assert sum(language_of(text, LANGUAGES) == language for text in form) >= 98
+import metrics
+from conftest import rollouts_of
+from lab.problems import LANGUAGES
+from metrics import count_handoffs, distance_from_junior, language_of, wilson_interval
 
 
 def test_language_looks_at_words_only():
@@ -36,6 +16,7 @@ def test_language_looks_at_words_only():
     annotated = "<<the house is in the garden>> Das Haus steht im Garten"
     assert language_of(annotated, ("en", "de")) == "de"
     assert language_of("Das Haus steht im Garten", ("en", "fr")) in ("en", "fr")
+    assert language_of("Il reste 12 livres dans la maison.", LANGUAGES) == "fr"
     with pytest.raises(ValueError, match="xx"):
         language_of("Haus", ("en", "xx"))
 
@@ -46,33 +27,31 @@ def test_summary_by_hand(monkeypatch):
     Accuracy does not depend on the reward, and a metric is added in one place: here words.
     """
     monkeypatch.setattr("reward.reward", lambda completion, gold: 0.5)
-    monkeypatch.setitem(METRICS, "words", lambda solution, gold: len(solution.split()))
-    texts = ["She has <<1+1=2>>2 left.\n#### 2", "Sie hat noch drei Äpfel.\n#### 3", "7"]
-    summary = summarise(texts, ["2", "3", "8"], [10, 8, 3], LANGUAGES)
-    outcomes = {"accuracy": [1, 1, 0], "jargon": [1, 0, 0], "words": [6, 7, 1]}
+    monkeypatch.setitem(metrics.METRICS, "words", lambda solution, gold: len(solution.split()))
+    texts = ["She has <<1+1=2>>2 left.\n#### 2", "Sie hat drei < 4 Äpfel.\n#### 3", "7"]
+    summary = metrics.summarise(texts, ["2", "3", "8"], [10, 8, 3], LANGUAGES)
+    outcomes = {"accuracy": [1, 1, 0], "jargon": [1, 0, 0], "words": [6, 8, 1]}
     assert summary.pop("outcomes") == outcomes | {"language": ["en", "de", "none"]}
     assert summary.pop("languages") == pytest.approx(dict.fromkeys(("de", "en", "none"), 1 / 3))
-    means = {"accuracy": 2 / 3, "jargon": 1 / 3, "words": 14 / 3, "tokens": 7}
-    assert summary == pytest.approx({"n": 3} | means)
+    means = {"accuracy": 2 / 3, "jargon": 1 / 3, "words": 5, "tokens": 7}
+    assert summary == pytest.approx(means | {"n": 3})
 
 
 HANDOFFS = {  # spans: handoffs, of these inside an expression, inside a word, inside a number
     "She sells 5: |12-5=<<12-5=7>>7.": [1, 0, 0, 0],  # before the expression
-    "She sells 5: 12-|5=<<12-5=7>>7.": [1, 1, 0, 0],
+    "She sells 5: $12-$|5=<<12-5=7>>7.": [1, 1, 0, 0],
     "She sells 5: 12-5=<<12-5=|7>>|7|.": [3, 2, 0, 0],  # the last one is after it
     "48/2| = |24 clips": [2, 2, 0, 0],  # spaces around an operator are inside
     "Sie besi|tzt 9|-mal so| viele": [3, 0, 1, 0],
     "#### |1|8": [2, 0, 0, 1],
     "She has 3 |and| 4|th": [3, 0, 0, 0],  # between a digit and a letter it is in neither
     "so <<1|,000*2|5": [2, 2, 0, 1],
-    "no handoff": [0, 0, 0, 0],
 }
 
 
 @pytest.mark.parametrize("text", HANDOFFS)
 def test_handoffs_by_place(text):
     spans = [("SJ"[i % 2], span) for i, span in enumerate(text.split("|"))]
-    assert list(count_handoffs([spans]).values()) == HANDOFFS[text]
     # A second rollout without a handoff halves the means.
     halved = count_handoffs([spans, [("S", "1+1")]])
     assert [2 * mean for mean in halved.values()] == HANDOFFS[text]
@@ -80,34 +59,31 @@ def test_handoffs_by_place(text):
 
 def test_batch_statistics_by_hand():
     """S J S and S S with padding: 2 and 0 handoffs, 4 of 5 tokens by the senior."""
-    ones, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    by_senior = torch.tensor([[1, 0, 1], [1, 1, 0]])
-    rollouts = Rollouts(ones, ones, ones, ones, ones, mask, by_senior, ["1 <<", "1"])
-    expected = dict(reward=0.25, jargon=0.5, senior_share=0.8, handoffs=1.0, tokens=5)
-    assert batch_statistics(rollouts, torch.tensor([0.0, 0.5])) == pytest.approx(expected)
+    masks = [[1, 0, 1], [1, 1, 0]], [[1, 1, 1], [1, 1, 0]]
+    rollouts = rollouts_of([[5, 6, 7]] * 2, *masks, texts=["1 >>", "1"])
+    found = metrics.batch_statistics(rollouts, torch.tensor([0.0, 0.5]))
+    assert found == dict(reward=0.25, jargon=0.5, senior_share=0.8, handoffs=1.0, tokens=5)
 
 
 def test_distance_from_junior_by_hand():
     """The senior has 1/2, 1/2 and the junior 1/4, 3/4; written are tokens 0 and 1, then padding.
 
-    legibility: (ln 4 + ln 4/3) / 2. drift at T = 1: (ln 2 + ln 2/3) / 2. At T = 2 the junior has
-    1 and sqrt(3) over 1 + sqrt(3). An empty solution has the value 0.
+    legibility, at T = 1: (ln 4 + ln 4/3) / 2. drift at T = 2, at which the junior has 1 and sqrt(3)
+    over 1 + sqrt(3): -ln(4 * both) / 2. An empty solution has the value 0.
     """
     senior, junior = (torch.tensor(x).log().expand(2, 3, 2) for x in ([0.5, 0.5], [0.25, 0.75]))
     ids, mask = torch.tensor([[0, 1, 0]] * 2), torch.tensor([[1, 1, 0], [0, 0, 0]])
-    low, high = 1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))
-    drifts = {1.0: math.log(4 / 3) / 2, 2.0: -math.log(4 * low * high) / 2}
-    for temperature, drift in drifts.items():
-        found = distance_from_junior(senior, junior, ids, mask, temperature)
-        assert found["legibility"].tolist() == pytest.approx([math.log(16 / 3) / 2, 0])
-        assert found["drift"].tolist() == pytest.approx([drift, 0], rel=1e-5)
+    found = distance_from_junior(senior, junior, ids, mask, 2.0)
+    drift = math.log((1 + 3**0.5) ** 2 / (4 * 3**0.5)) / 2
+    assert found["legibility"].tolist() == pytest.approx([math.log(16 / 3) / 2, 0])
+    assert found["drift"].tolist() == pytest.approx([drift, 0], rel=1e-5)
 
 
 def test_wilson_by_hand():
     """10 of 10: low = 10 / (10 + 1.96 ** 2) = 0.7225. 1 of 2 is symmetric about a half."""
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(1, 2) == pytest.approx((0.0945, 0.9055), abs=1e-4)
-    for successes, n in ((3, 2), (-1, 2), (0, 0)):
+    cases = {(10, 10): (0.7225, 1.0), (0, 10): (0.0, 0.2775), (1, 2): (0.0945, 0.9055)}
+    for proportion, interval in cases.items():
+        assert wilson_interval(*proportion) == pytest.approx(interval, abs=1e-4)
+    for proportion in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="invalid proportion"):
-            wilson_interval(successes, n)
+            wilson_interval(*proportion)

@@ -6,17 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import llama
+import reinforce
+from conftest import llama, rollouts_of
 from lab import engine
-from lab.engine import FrozenOutputLayer, completion_logprobs, micro_batches, select
-from reinforce import (
-    group_advantages,
-    kl_estimate,
-    loss,
-    outcome_weights,
-    plain_logprobs,
-    token_weights,
-)
+from lab.engine import FrozenOutputLayer, completion_logprobs, micro_batches
+from reinforce import group_advantages, kl_estimate, outcome_weights, token_weights
 from rollout import Rollouts
 
 REWARDS = torch.tensor([1.0, 0, 1, 0, 1])
@@ -39,11 +33,11 @@ def weights_of(rollouts, wrong_weight=-0.3, junior_weight=0.5, rewards=REWARDS):
     return token_weights(rollouts, outcome_weights(rewards, wrong_weight), junior_weight).double()
 
 
-def gradients(model, rollouts, weights, micro_tokens=1000):
-    """(loss, gradient) by micro-batches, as the training loop makes them."""
-    num_tokens = rollouts.completion_mask.sum()
+def loss_and_gradient(model, rollouts, weights, micro_tokens=1000):
+    """By micro-batches, as the training loop makes them."""
     parts = micro_batches(rollouts, weights, micro_tokens)
-    total = sum(loss(model, few, w, num_tokens, 0.7)[0] for few, w in parts)
+    num_tokens = rollouts.completion_mask.sum()
+    total = sum(reinforce.loss(model, few, w, num_tokens, 0.7)[0] for few, w in parts)
     return total.item(), gradient_of(total, model)
 
 
@@ -52,48 +46,46 @@ def gradient_of(value, model) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
 
 
-def by_hand():
-    """Two rollouts, by senior, junior, senior and by junior, senior."""
-    ones, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    by_senior = torch.tensor([[1, 0, 1], [0, 1, 0]])
-    return Rollouts(ones, ones, ones, ones, ones, mask, by_senior, ["", ""])
+# Two rollouts: by senior, junior, senior, and by junior, senior and padding.
+BY_HAND = rollouts_of([[5, 6, 7]] * 2, [[1, 0, 1], [0, 1, 0]], [[1, 1, 1], [1, 1, 0]])
 
 
 def test_weights_by_hand():
     """c = -0.4, j = 0.3. A right rollout, S J S: 1, 0.3, 1. A wrong one, J S and padding:
     -0.4 * 0.3 = -0.12, -0.4 * 1 = -0.4, 0. With c and j swapped the right one's J had -0.4."""
-    rollouts, rewards = by_hand(), torch.tensor([1.0, 0.0])
-    expected = torch.tensor([[1, 0.3, 1], [-0.12, -0.4, 0]]).double()
-    assert torch.allclose(weights_of(rollouts, -0.4, 0.3, rewards), expected)
-    assert weights_of(rollouts, 0.0, 1.0, rewards).tolist() == [[1, 1, 1], [0, 0, 0]]
+    weights = weights_of(BY_HAND, -0.4, 0.3, torch.tensor([1.0, 0.0]))
+    assert torch.allclose(weights, torch.tensor([[1, 0.3, 1], [-0.12, -0.4, 0]]).double())
     # Partial credit, r = 0.25: w = 0.25 - 0.4 * 0.75 = -0.05.
-    partial = weights_of(rollouts, -0.4, 0.0, torch.full((2,), 0.25))
-    assert torch.allclose(partial, -0.05 * rollouts.senior_mask.double())
+    partial = weights_of(BY_HAND, -0.4, 0.0, torch.full((2,), 0.25))
+    assert torch.allclose(partial, -0.05 * BY_HAND.senior_mask.double())
 
 
 def test_mistakes_are_refused():
-    rollouts = by_hand()
-    for bad in (1.5, -0.1, float("nan")):
+    for bad in (1.5, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"rewards must lie in \[0, 1\]"):
             outcome_weights(torch.tensor([1.0, bad]), 0.0)
     with pytest.raises(ValueError, match=r"expected 2 weights, one per rollout, got \(3,\)"):
-        token_weights(rollouts, torch.ones(3), 1.0)
+        token_weights(BY_HAND, torch.ones(3), 1.0)
     # An author of padding, and a mask of another width.
     for mask in (torch.ones(2, 3), torch.ones(2, 2)):
         with pytest.raises(ValueError, match="senior_mask marks tokens"):
-            token_weights(replace(rollouts, senior_mask=mask), torch.ones(2), 1.0)
+            token_weights(replace(BY_HAND, senior_mask=mask), torch.ones(2), 1.0)
 
 
 def test_loss_by_hand():
     """A model whose output layer is zero gives each of 8 tokens -ln 8, whatever T is.
 
     Completions hold 2 + 7 + 4 + 3 + 5 = 21 tokens. Weights 1 on the 2 tokens of row 0 and -0.5 on
-    the 3 of row 3: loss = ln 8 * (2 - 1.5) / 21.
+    the 3 of row 3: loss = ln 8 * (2 - 1.5) / 21. The other rows count, but are not run.
     """
     model, rollouts = llama(8, 0, torch.float64), make_rollouts(8)
     torch.nn.init.zeros_(model.lm_head.weight)
     weights = rollouts.completion_mask * torch.tensor([[1.0], [0], [0], [-0.5], [0]]).double()
-    assert gradients(model, rollouts, weights)[0] == pytest.approx(math.log(8) / 42, rel=1e-12)
+    value, _ = loss_and_gradient(model, rollouts, weights)
+    assert value == pytest.approx(math.log(8) / 42, rel=1e-12)
+    assert [few.texts for few, _ in micro_batches(rollouts, weights, 1)] == [["a"], ["d"]]
+    # A KL penalty needs every rollout.
+    assert len(micro_batches(rollouts, 0 * weights, 1, keep_all=True)) == 5
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 1000, 2**24])
@@ -110,12 +102,12 @@ def test_fast_and_plain_loss_are_equal(make_model, tokenizer, at_once, kl, monke
         monkeypatch.setattr(engine, "LOGITS_AT_ONCE", at_once)
         for one in (model, junior):
             one.get_output_embeddings().requires_grad_(False)
-    weights = weights_of(rollouts)
-    ours, logprobs = loss(model, rollouts, weights, torch.tensor(21), 0.7, junior, kl)
-    plain = plain_logprobs(model, rollouts, 0.7)
-    d = plain_logprobs(junior, rollouts.as_read_by_junior(), 0.7).detach() - plain
-    objective = weights * plain - kl * (rollouts.senior_mask * (d.exp() - 1 - d))
-    theirs = -objective.sum() / 21
+    weights, num_tokens = weights_of(rollouts), torch.tensor(30)
+    ours, logprobs = reinforce.loss(model, rollouts, weights, num_tokens, 0.7, junior, kl)
+    plain = reinforce.plain_logprobs(model, rollouts, 0.7)
+    read = reinforce.plain_logprobs(junior, rollouts.as_read_by_junior(), 0.7).detach()
+    d = read - plain
+    theirs = -(weights * plain - kl * (d.exp() - 1 - d) * rollouts.senior_mask).sum() / num_tokens
     gradient = gradient_of(ours, model)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert gradient.norm() > 0.01
@@ -139,17 +131,17 @@ def test_half_precision_sums_in_float32():
         assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize(("micro_tokens", "parts"), [(1, 5), (16, 4), (30, 2), (1000, 1)])
+@pytest.mark.parametrize(("micro_tokens", "parts"), [(1, 5), (18, 3), (26, 3), (30, 2)])
 def test_micro_batches_padding_and_order(make_model, tokenizer, micro_tokens, parts):
     """They change nothing: the denominator is fixed before the split.
 
-    Rows by completion: prompts 1 5 2 4 3, completions 2 3 4 5 7. Within 16 tokens: two rows of 5+3,
-    then one each; within 30: three rows of 5+4, two of 4+7. Then four more columns of padding with
-    other ids, and the rows reversed.
+    Rows by completion: prompts 1 5 2 4 3, completions 2 3 4 5 7. Within 18 or 26 tokens: two rows
+    of 5+3, two of 4+5, one; within 30: three rows of 5+4, two of 4+7. Then four more columns of
+    padding with other ids, and the rows reversed.
     """
     model = make_model(len(tokenizer), 0, torch.float64)
     rollouts, wide = make_rollouts(len(tokenizer)), make_rollouts(len(tokenizer))
-    value, gradient = gradients(model, rollouts, weights_of(rollouts))
+    value, gradient = loss_and_gradient(model, rollouts, weights_of(rollouts))
     for name in vars(wide).keys() - {"texts"}:
         padding, tensor = torch.full((5, 4), 0 if "mask" in name else 7), getattr(wide, name)
         columns = [padding, tensor] if "prompt" in name else [tensor, padding]
@@ -158,26 +150,11 @@ def test_micro_batches_padding_and_order(make_model, tokenizer, micro_tokens, pa
         weights = weights_of(batch, rewards=rewards)
         names = [few.texts for few, _ in micro_batches(batch, weights, micro_tokens)]
         assert (len(names), sorted(sum(names, []))) == (parts, batch.texts)
-        part_value, part_gradient = gradients(model, batch, weights, micro_tokens)
+        part_value, part_gradient = loss_and_gradient(model, batch, weights, micro_tokens)
         assert part_value == pytest.approx(value, rel=1e-10)
         assert torch.allclose(gradient, part_gradient, atol=1e-10)
     for name, tensor in vars(make_rollouts(len(tokenizer))).items():
         assert name == "texts" or torch.equal(getattr(rollouts, name), tensor)  # unmodified
-
-
-def test_rollouts_without_weight_count_in_the_mean_but_are_not_run(tokenizer):
-    """With c = 0 the gradient is that of the right rollouts, divided by all 21 tokens, not 11."""
-    model, rollouts = llama(len(tokenizer), 0, torch.float64), make_rollouts(len(tokenizer))
-    _, gradient = gradients(model, rollouts, weights_of(rollouts, 0.0, 1.0))
-    right = select(rollouts, [0, 2, 4])
-    _, alone = gradients(model, right, right.completion_mask.double())
-    assert torch.allclose(gradient, alone * 11 / 21, rtol=1e-5, atol=1e-7)
-    # p = 0 with j = 0, or no right rollout: nothing is run. A KL penalty needs every rollout.
-    rollouts.senior_mask.zero_()
-    for options in (dict(junior_weight=0.0), dict(wrong_weight=0.0, rewards=torch.zeros(5))):
-        weights = weights_of(rollouts, **options)
-        assert micro_batches(rollouts, weights, 2) == []
-        assert len(micro_batches(rollouts, weights, 2, keep_all=True)) == 5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,39 +170,19 @@ def test_group_advantages_by_hand():
     assert advantages[8:].tolist() == [0] * 16  # nothing to prefer, and no 0 / 0
     # 0.3 is not the mean of eight times 0.3 in float32; divided by 1e-6, that would count.
     assert group_advantages(torch.full((8,), 0.3), 8).tolist() == [0] * 8
-    # Neighbours are a group: here two problems with two rollouts each.
-    a = 0.5 / (0.5**0.5 + 1e-6)
-    pairs = group_advantages(torch.tensor([1.0, 0, 1, 1]), 2)
-    assert torch.allclose(pairs, torch.tensor([a, -a, 0, 0]))
     for size in (1, 3):
         with pytest.raises(ValueError, match=f"8 rewards in groups of {size}: a group is two or"):
             group_advantages(one_of_8, size)
 
 
 def test_k3_by_hand():
-    """d = ln 2: 2 - 1 - ln 2 = 0.3069. d = -ln 2: 1/2 - 1 + ln 2 = 0.1931. d = 0: 0."""
-    senior = torch.tensor([0.25, 0.5, 0.5]).log()
-    junior = torch.tensor([0.5, 0.25, 0.5]).log()
-    k3 = kl_estimate(senior, junior, torch.ones(3))
-    assert torch.allclose(k3, torch.tensor([0.3069, 0.1931, 0.0]), atol=1e-4)
-    # A token of the junior's that the senior finds impossible: exp(1000) would be infinite.
-    logprobs = torch.tensor([-1000.0, -1.0], requires_grad=True)
-    masked = kl_estimate(logprobs, torch.zeros(2), torch.tensor([0, 1]))
-    (gradient,) = torch.autograd.grad(masked.sum(), logprobs)
-    assert masked[0] == 0 == gradient[0]
-    assert gradient.isfinite().all()
+    """d = ln 2: 2 - 1 - ln 2 = 0.3069. d = -ln 2: 1/2 - 1 + ln 2 = 0.1931. d = 0: 0.
 
-
-def test_k3_and_the_two_divergences():
-    """Enumerated over 3 tokens: on average k3 is KL(senior || junior).
-
-    As a loss, with the tokens held fixed, its gradient is that of KL(junior || senior).
+    At the junior's token, which the senior finds impossible, exp(1000) would be infinite.
     """
-    theta = torch.tensor([0.9, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
-    senior, junior = theta.log_softmax(-1), torch.tensor([0.25, 0.25, 0.5]).double().log()
-    mean = (senior.exp().detach() * kl_estimate(senior, junior, torch.ones(3))).sum()
-    assert mean.item() == pytest.approx((senior.exp() * (senior - junior)).sum().item(), abs=1e-9)
-    (ours,) = torch.autograd.grad(mean, theta, retain_graph=True)
-    (other,) = torch.autograd.grad((junior.exp() * (junior - senior)).sum(), theta)
-    assert ours.norm() > 0.01
-    assert (ours - other).abs().max() < 1e-9
+    senior = torch.tensor([math.log(0.25), math.log(0.5), -1.0, -1000.0], requires_grad=True)
+    junior = torch.tensor([math.log(0.5), math.log(0.25), -1.0, 0.0])
+    k3 = kl_estimate(senior, junior, torch.tensor([1, 1, 1, 0]))
+    assert torch.allclose(k3, torch.tensor([0.3069, 0.1931, 0, 0]), atol=1e-4)
+    (gradient,) = torch.autograd.grad(k3.sum(), senior)
+    assert gradient.isfinite().all()
