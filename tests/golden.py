@@ -24,7 +24,7 @@ import run_gsm8k
 
 GOLDEN = Path(__file__).with_suffix(".json")
 # An evaluation changes nothing of what is compared, so it may be small.
-SIZE = "--updates 3 --batch 48 --eval-problems 1 --eval-every 3 --specialist-steps 60"
+SIZE = "--updates 3 --batch 48 --eval-problems 1 --eval-every 3"
 RUNS = {  # setting: its arms
     "skill": "tandem solo",
     "granularity": "token sentence paragraph redraw p-0.25",
@@ -67,6 +67,8 @@ def record(setting: str) -> dict[str, list[dict]]:
         patch.setattr(run_gsm8k, "generate", generate)
         patch.setattr(run_gsm8k.figures, "draw_all", lambda *_: None)
         command = f"--setting {setting} --arms {RUNS[setting]} {SIZE} --device cpu --jobs 1"
+        # The arms of Tandem RL have no specialist.
+        command += "" if setting == "rlvr" else " --specialist-steps 60"
         run_gsm8k.main([*command.split(), "--out", out])
         for arm, updates in found.items():
             lines = (Path(out) / arm / "seed-0" / "metrics.jsonl").read_text().splitlines()
