@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,11 +51,10 @@ def test_the_gradient_is_exact_without_the_division(branching):
     own, loss = zeros(branching, len(bits)), 0.0
     advantages = factor_advantages(reward[z, next_z, o].flatten(), own, branching, divide=False)
     for logprob, A in zip(logprobs, advantages):
-        column = logprob.reshape(-1, 1)
         # stage_loss averages over nodes, and so over trees; T * probability turns that into the
         # expectation.
         weight = (probability * len(bits)).repeat_interleave(logprob[0].numel())
-        loss = loss + stage_loss(column, torch.ones_like(column), A * weight)
+        loss = loss + stage_loss(logprob.reshape(-1, 1), torch.tensor(1), A * weight)
     for estimate, gradient in zip(torch.autograd.grad(-loss, tables), exact):
         assert gradient.abs().max() > 0.01
         assert (estimate - gradient).abs().max() < 1e-10
@@ -155,7 +155,7 @@ def test_warm_texts():
     """Beliefs are false and missing as often as they should be; observations are true."""
     texts = beliefs.warm_texts(0, replace(SMALL, warm_steps=50))
     encoded = [(prompt, target) for prompt, target in texts if prompt.startswith("encode")]
-    assert 0.1 < len(encoded) / len(texts) < 0.25  # one of six prompts
+    assert len(encoded) / len(texts) == pytest.approx(1 / 6, abs=0.02)  # there are six prompts
     told = []
     for prompt, target in encoded:
         truth, belief = state_after(prompt), {beliefs.FACTS[word]: word for word in target.split()}
@@ -163,7 +163,7 @@ def test_warm_texts():
     for wrong in (False, None):
         assert told.count(wrong) / len(told) == pytest.approx(0.15, abs=0.03)
     for prompt, target in texts:
-        if prompt.startswith("decode history"):
+        if prompt.startswith(("decode history", "transition")):
             action = prompt.split(" action ")[1].split()[:2]
             assert action[0] != "paint" or action[1] in target
 
@@ -176,10 +176,8 @@ def oracle(model, formulation, stage, rows, seed, temperature=1.0):
     """A stand-in for `write` that follows the rules, reading what the prompt of its stage shows."""
     written, shown = [], PROMPTS[formulation][stage]
     for row in rows:
-        if "{state}" in shown:
-            state = {beliefs.FACTS[word]: word for word in row["state"].split()}
-        else:
-            state = state_after(row["history"])
+        told = {beliefs.FACTS[word]: word for word in row["state"].split()}
+        state = told if "{state}" in shown else state_after(row["history"])
         if stage == "transition" or formulation == "stateless":
             state = beliefs.act(state, row["action"])
         tell = beliefs.observe if stage == "decode" else beliefs.describe
@@ -230,14 +228,24 @@ def test_statistics():
 @pytest.mark.parametrize("name", ["stateless", "leaky-frozen", "leaky-shared", "strict-no-std"])
 def test_training_changes_what_it_should(name, monkeypatch):
     arm, base = ARMS[name], beliefs.warm_start(0, SMALL)
+    f1 = Mock(wraps=beliefs.f1)
+    monkeypatch.setattr(beliefs, "f1", f1)
     if not arm.divide:
         monkeypatch.setattr(beliefs, "group_advantages", None)  # it cannot be called
     policies, evaluations = beliefs.train(base, arm, 0, SMALL)
     assert [row["update"] for row in evaluations] == [0, 1, 2]
     assert len(set(map(id, policies.values()))) == (len(policies) if arm.separate else 1)
     for stage, policy in policies.items():
+        frozen = arm.freeze_encoder and stage == "encode"
         unchanged = all(map(torch.equal, policy.parameters(), base.parameters()))
-        assert unchanged == (arm.freeze_encoder and stage == "encode")
+        assert (unchanged, policy.lm_head.weight.requires_grad) == (frozen, not frozen)
+    # After two times four evaluated texts come the predictions of two trees with 16 leaves each.
+    # Their truth is what is seen after the action.
+    truths = [call.args[1] for call in f1.call_args_list][8:40]
+    episodes = beliefs.new_episodes(random.Random("train 0"), 2, SMALL)
+    expected = [beliefs.observe(episode.states[0]) for episode in episodes for _ in range(16)]
+    assert truths == expected
+    assert truths[0] != truths[-1]
 
 
 def test_main_resumes_draws_from_files_and_refuses(tmp_path, monkeypatch, capsys):
@@ -252,13 +260,13 @@ def test_main_resumes_draws_from_files_and_refuses(tmp_path, monkeypatch, capsys
     paths = [tmp_path / "strict" / f"seed-{k}.json" for k in (0, 1)]
     contents = [json.loads(path.read_text()) | {"seconds": 0} for path in paths]
     paths[1].unlink()
-    # Only the files decide: here on the minutes in the table.
-    contents[0]["seconds"] = 600_000
+    # Only the files decide: here on the state F1 after training.
+    contents[0]["evaluations"][-1]["state"] = 1000
     paths[0].write_text(json.dumps(contents[0]))
     beliefs.main(command, SMALL)
     assert trained == ["seed 1 strict"]
     assert json.loads(paths[1].read_text()) | {"seconds": 0} == contents[1]
-    assert "| 5000." in (tmp_path / "table.md").read_text()
+    assert "→ 500" in (tmp_path / "table.md").read_text()
     # Other settings, and a file that cannot be read.
     with pytest.raises(Refused, match=r"'lr': \(0.0003, 0.1\).*choose another --out"):
         beliefs.run_arm("strict", 0, replace(SMALL, lr=0.1), tmp_path)

@@ -77,7 +77,6 @@ def test_senior_and_junior_take_turns(pair, monkeypatch):
     written = run_gsm8k.generate(["?"] * 3, Namespace(**ARGS, handoff="word"), pair, **options)
     turns = torch.arange(1, 1 + written.senior_mask.shape[1]) % 2
     assert torch.equal(written.senior_mask, turns * written.completion_mask)
-    assert len(turns) > 2
 
 
 def test_a_row_has_every_measure_of_every_problem(base_folder, tmp_path, monkeypatch):

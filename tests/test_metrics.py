@@ -16,7 +16,6 @@ def test_language_looks_at_words_only():
     annotated = "<<the house is in the garden>> Das Haus steht im Garten"
     assert language_of(annotated, ("en", "de")) == "de"
     assert language_of("Das Haus steht im Garten", ("en", "fr")) in ("en", "fr")
-    assert language_of("Il reste 12 livres dans la maison.", LANGUAGES) == "fr"
     with pytest.raises(ValueError, match="xx"):
         language_of("Haus", ("en", "xx"))
 
@@ -43,9 +42,8 @@ HANDOFFS = {  # spans: handoffs, of these inside an expression, inside a word, i
     "She sells 5: 12-5=<<12-5=|7>>|7|.": [3, 2, 0, 0],  # the last one is after it
     "48/2| = |24 clips": [2, 2, 0, 0],  # spaces around an operator are inside
     "Sie besi|tzt 9|-mal so| viele": [3, 0, 1, 0],
-    "#### |1|8": [2, 0, 0, 1],
     "She has 3 |and| 4|th": [3, 0, 0, 0],  # between a digit and a letter it is in neither
-    "so <<1|,000*2|5": [2, 2, 0, 1],
+    "so <<|(1|,000)|*2|5>|>": [5, 5, 0, 1],
 }
 
 

@@ -12,7 +12,7 @@ GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 # Final number: texts that have it.
 NUMBERS = {
     "72": ["#### 72", "#### 72.", "####  72  ", "#### 72 clips in 2 months", "#### 3\n#### 72"],
-    "18": ["#### $18", "#### 18.00", "#### 18%", "018.0", "so 66-18", "a range of 3-18"],
+    "18": ["#### $18", "#### 18.00", "#### 18%", "018.0", "so 66-18", "a range of 3-18", "3.-18"],
     "4": ["she has 4 now ####", "in 2 days, 4 clips"],  # no number after a mark: the last of all
     "-5": ["#### -5", "#### -$5", "#### $-5", "#### \u22125", "-5.0"],
     "0": ["-0", "0.00"],
@@ -46,10 +46,10 @@ REWARDS = [  # (completion, references for which it is right, others for which i
 ]
 
 
-@pytest.mark.parametrize(("completion", "right", "wrong"), REWARDS)
-def test_reward(completion, right, wrong):
-    assert all(reward(completion, gold) == 1 for gold in right.split())
-    assert all(reward(completion, gold) == 0 for gold in wrong.split())
+def test_reward():
+    for completion, right, wrong in REWARDS:
+        assert all(reward(completion, gold) == 1 for gold in right.split())
+        assert all(reward(completion, gold) == 0 for gold in wrong.split())
 
 
 @pytest.mark.parametrize("unit", ["1", "1,111", "1 111 ", "1.111,", "-", "#", "$.", "0"])
