@@ -180,7 +180,8 @@ def rollout(
     # The text of each row and who is active in it; and both models, which have read their prompts.
     handoff = Handoff(pair.pieces, schedule, p, coins)
     decoder = Decoder(pair, senior_prompts, junior_prompts, max_new_tokens, p, noise.device)
-    rows = list(range(batch))  # the rollouts that are still in the batch
+    # What is written, by row of the whole batch. `rows` are those that are still being written.
+    rows = list(range(batch))
     ids: list[list[int]] = [[] for _ in rows]
     authors: list[list[int]] = [[] for _ in rows]
     finished = [False] * batch
@@ -197,13 +198,14 @@ def rollout(
         # 2. The handoff keeps one of the two.
         by_senior = handoff.choose(rows, senior_ids, junior_ids)
         written = [s if senior else j for s, j, senior in zip(senior_ids, junior_ids, by_senior)]
-        # 3. Tokens and authors are recorded. A finished row goes on until it leaves the batch.
+        # 3. Tokens and authors are recorded. A finished row goes on, unrecorded, until it leaves.
         for row, token, senior in zip(rows, written, by_senior):
             if not finished[row]:
                 ids[row].append(token)
                 authors[row].append(int(senior))
                 done = stop is not None and stop.search(handoff.text[row]) is not None
                 finished[row] = done or token in pair.end_ids
+        # What readers of rollouts want to see of the step (lab/viewer.py).
         if trace is not None:
             # After a toss, the written token is the only one since that toss.
             tossed = [len(handoff.recent[row]) == 1 for row in rows]

@@ -120,11 +120,13 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
     tossing coins; trace, see rollout. Seeds are seed * 10**6 + update in training and 10**9 + seed
     or higher in evaluations, so that no two batches of a run share their random numbers.
     """
+    # Drawn on the CPU, so that the numbers do not depend on the device.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)
     if more.pop("alternate", False):
         # The k-th toss of a rollout uses coin k. If 0 < p < 1, 0 names the senior, 1 the junior.
         coins = (torch.arange(args.max_new_tokens) % 2).float()[:, None].expand_as(coins)
     noise, coins = noise.to(args.device), coins.to(args.device)
+    # Two prompts per problem: the senior's and the junior's.
     prompts = [models.encode(*asked) for asked in tasks.prompts_of_pair(problems, args, pair)]
     options = dict(schedule=args.handoff, temperature=args.temperature, stop=tasks.STOP) | more
 
@@ -162,6 +164,7 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
     first rollouts go to samples.jsonl.
     """
     results, golds = {}, [problem.gold for problem in problems]
+    # Who writes is a matter of p alone.
     for who, p in {"senior": 1.0, "tandem": args.p, "junior": 0.0}.items():
         if who == "junior" and update > 0:
             continue  # it is frozen, so it is evaluated once
@@ -241,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = flags.read_runs_of(make_parser(), argv)
     args = todo[0]
     _pair.clear()
-    # Models, problems and folders are checked before anything slow.
+    # Models and problems are checked before anything slow.
     models.check_before_loading(todo)
     jobs.run_all(train_one, todo)
     if set(SETTINGS["sweep"]) <= set(args.arms):

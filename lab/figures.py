@@ -419,19 +419,27 @@ def arms_of(folder: Path, setting: str) -> list[str]:
     return [*experiments.SETTINGS[setting], *tests]
 
 
-def draw(folder: Path, setting: str) -> None:
-    """Draw the figures of one setting into folder/figures/ and print its tables."""
+EVERYBODY = "senior, junior and both together"
+
+
+def print_tables(folder: Path, setting: str) -> None:
+    """Print the tables of one setting, and which of its arms are in none of them."""
     arms = arms_of(folder, setting)
     runs = read_runs(folder, arms)
-    everybody = "senior, junior and both together"
-    if runs.empty:
-        print(f"{folder}: no arm of {setting} has evaluated {everybody}: there is nothing to draw")
-        return
     for arm in arms_in(folder):
         if arm in arms and arm not in set(runs.arm):
-            print(f"{folder / arm} is left out: not every seed has evaluated {everybody}")
-    further = TABLES[setting](folder, runs) if setting in TABLES else None
-    print("\n\n".join(filter(None, [tables.table(runs), further])))
+            print(f"{folder / arm} is left out: not every seed has evaluated {EVERYBODY}")
+    if len(runs):
+        further = TABLES[setting](folder, runs) if setting in TABLES else None
+        print("\n\n".join(filter(None, [tables.table(runs), further])))
+
+
+def draw(folder: Path, setting: str) -> None:
+    """Draw the figures of one setting into folder/figures/."""
+    runs = read_runs(folder, arms_of(folder, setting))
+    if runs.empty:
+        print(f"{folder}: no arm of {setting} has evaluated {EVERYBODY}: there is nothing to draw")
+        return
     if setting not in FIGURES:
         print(f"{setting} has no figure: add a function to FIGURES in lab/figures.py")
     for name, function in FIGURES.get(setting, {}).items():
@@ -466,6 +474,8 @@ def main(folder: str) -> None:
         remedy = "run run_gsm8k.py first, or name its --out folder"
         sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
     with errors_in_one_line():
+        for setting in settings:
+            print_tables(place, setting)
         draw_all(place, settings)
     for arm in set(present) - set.union(*known.values()):
         print(f"{place / arm} is in no setting of lab/experiments.py and is not drawn")

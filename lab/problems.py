@@ -228,7 +228,8 @@ def load_problems(args: Namespace) -> tuple[list[Problem], list[Problem]]:
 
 def training_problems(args: Namespace) -> list[Problem]:
     """The training split of a GSM8K-like source, without validation problems and examples."""
-    train = [p for p in load_gsm8k(args.problems, "train") if p not in examples(args)]
+    shown = examples(args)
+    train = [p for p in load_gsm8k(args.problems, "train") if p not in shown]
     return [p for p in train if not (args.validation and split_of(p.question) == "validation")]
 
 

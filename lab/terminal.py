@@ -18,7 +18,6 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
@@ -131,8 +130,7 @@ def finish(todo: list[Namespace], settings: Iterable[str]) -> None:
     print_outcomes(todo)
     out = Path(todo[0].out)
     try:
-        with redirect_stdout(None):  # without the tables, which python -m lab.figures prints
-            figures.draw_all(out, settings)
+        figures.draw_all(out, settings)
     except Exception as error:
         # The runs are safe, whatever matplotlib cannot do here, such as start LaTeX.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -34,8 +34,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lab import models
 from lab.flags import number
-from lab.models import TINY, identity
 from lab.problems import LANGUAGES, generate, plain, prompt
 from lab.runs import describe_machine
 from lab.specialist import fine_tune
@@ -73,7 +73,7 @@ def make(folder: Path | str, annotated: float = ANNOTATED) -> None:
     fine_tune(model, tokenizer, texts, **options, label="pretraining the tiny base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    weights = models.checksum([Path(folder) / "model.safetensors"])
     note = {"checksum": checksum(texts), "weights": weights}
     note |= {"command": " ".join(["python -m lab.tiny", *sys.argv[1:]]), **describe_machine("cpu")}
     (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
@@ -134,9 +134,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the tiny base, or another one of its kind.")
-    parser.add_argument("folder", nargs="?", type=Path, default=TINY, help="where to write")
+    parser.add_argument("folder", nargs="?", type=Path, default=models.TINY, help="where to write")
     share = dict(type=number(float, 0, 1), default=ANNOTATED)
     parser.add_argument("--annotated", help="share of solutions with <<...>>", **share)
     args = parser.parse_args()
     make(args.folder, args.annotated)
-    print(f"{args.folder} holds {identity(args.folder)}")
+    print(f"{args.folder} holds {models.identity(args.folder)}")

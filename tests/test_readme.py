@@ -29,8 +29,6 @@ CLAIMS = [
     ("99.8 % [99.1, 100.0]", TINY, "solo", "senior", "jargon", 28),
     ("12.3 % [9.9, 15.2]", TINY, "imitation", "senior", "jargon", 8),
     ("9.8 % [7.7, 12.5]", TINY, "tandem", "senior", "jargon", 8),
-    ("71.7 % [67.9, 75.1]", TINY, "imitation", "senior", "accuracy", 28),
-    ("72.0 % [68.3, 75.4]", TINY, "tandem", "senior", "accuracy", 28),
     ("99.7 % [99.1, 99.9]", TINY, "grpo-solo", "senior", "jargon", 80),
 ]
 IDEA = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
@@ -51,7 +49,7 @@ def test_links_lead_somewhere(path):
 
 def test_the_readme_states_only_these_numbers():
     assert stated_in(README) == [claim[0] for claim in CLAIMS]
-    assert len((README.replace(IDEA, "")).split()) <= 1000
+    assert len(README.split()) <= 1000
 
 
 def test_the_idea_can_be_pasted(tmp_path, capsys):
