@@ -4,9 +4,9 @@
 
 Every other kill is aimed at a moment of writing: in the middle of a row or of a draft, before or
 after a draft takes the place of a file, and with half an adapter written; the others come after a
-random time. Fine-tuning keeps a draft at every step here. Rows (but for seconds), samples, the
-adapter, the optimizer and the specialist of a resumed run must be those of the unbroken run, bit
-for bit, and no draft may be left.
+random time, half of them in fine-tuning, which keeps a draft at every step here. Rows (but for
+seconds), samples, the adapter, the optimizer and the specialist of a resumed run must be those of
+the unbroken run, bit for bit, and no draft may be left.
 
 Each run is a fork of this process, so that torch is imported once. pytest does not collect it.
 """
@@ -47,7 +47,7 @@ def make_base(folder: Path) -> None:
 
 def command_for(base: Path, out: Path) -> list[str]:
     flags = "--setting skill --arms tandem --device cpu --updates 4 --batch 8 --eval-problems 4"
-    flags += f" --eval-every 2 --max-new-tokens 12 --specialist-steps 6 --senior {base}"
+    flags += f" --eval-every 2 --max-new-tokens 12 --specialist-steps 30 --senior {base}"
     return f"{flags} --junior {base} --out {out}".split()
 
 
@@ -81,8 +81,9 @@ def aim(target: str, count: int) -> None:
     setattr(owner, name, wrapper)
 
 
-def run(command: list[str], target: str = "", count: int = 0, seconds: float = 0.0) -> int:
-    """The exit status of a run in its own process, killed at a target or after some seconds."""
+def run(command: list[str], target: str = "", count: int = 0, seconds=0.0, after=Path()) -> int:
+    """The exit status of a run in its own process, killed at a target, or some seconds after there
+    is a certain file (or at once after its start)."""
     child = os.fork()
     if child == 0:
         for stream in (1, 2):
@@ -99,6 +100,8 @@ def run(command: list[str], target: str = "", count: int = 0, seconds: float = 0
         finally:
             os._exit(status)
     if seconds:
+        while not after.exists():
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -114,11 +117,14 @@ def is_equal(i: int, rng: random.Random, base: Path, out: Path, whole: float, ex
     """Kill a run, resume it, print a line, and return whether it is the unbroken run."""
     command, metrics = command_for(base, out), out / "tandem" / "seed-0" / "metrics.jsonl"
     if i % 2:
-        target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 12)
+        target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 6)
         what, status = f"{target}, call {count}", run(command, target, count)
-    else:
-        seconds = rng.uniform(0.1, 1.0) * whole
+    elif i % 4:
+        seconds = rng.uniform(0.1, 0.8) * whole
         what, status = f"after {seconds:.2f} s", run(command, seconds=seconds)
+    else:
+        seconds, draft = rng.uniform(0.001, 0.1), out / "specialist" / "en" / "seed-0" / "draft.pt"
+        what, status = "in fine-tuning", run(command, seconds=seconds, after=draft)
     had = [row["update"] for row in runs.read_rows(metrics)] if metrics.is_file() else []
     drafts = len(list(out.glob("specialist/*/*/draft.pt")))
     resumed = run([*command, "--resume"])
@@ -130,11 +136,12 @@ def is_equal(i: int, rng: random.Random, base: Path, out: Path, whole: float, ex
 
 def main(n: int) -> None:
     with tempfile.TemporaryDirectory() as place:
-        base, out, started = Path(place, "base"), Path(place, "unbroken"), time.time()
+        base, out = Path(place, "base"), Path(place, "unbroken")
         make_base(base)
+        started = time.time()
         assert run(command_for(base, out)) == 0
-        rest = random.Random(n), base
         whole, expected = time.time() - started, result(out)
+        rest = random.Random(n), base
         outcomes = [is_equal(i, *rest, Path(place, str(i)), whole, expected) for i in range(n)]
     equal = f"{sum(outcomes)} of {n} killed runs are equal to the unbroken run"
     print(f"{equal}, which took {whole:.1f} s")
