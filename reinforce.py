@@ -84,9 +84,12 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     return (centred / (r.std(1, keepdim=True) + 1e-6)).flatten()
 
 
-def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> torch.Tensor:
+def token_weights(
+    rollouts: Rollouts, w: torch.Tensor, junior_weight: float, senior_weight: float = 1.0
+) -> torch.Tensor:
     """The weight w(y) * m_t of every token, (B, C), zero at padding. w: one per rollout, (B,).
 
+    senior_weight: what takes the place of the 1 in (3). An experiment of ours sets it to 0.
     Raises ValueError if w has another shape, or if the masks contradict each other.
     """
     if w.shape != (len(rollouts),):
@@ -95,7 +98,7 @@ def token_weights(rollouts: Rollouts, w: torch.Tensor, junior_weight: float) -> 
     if by_senior.shape != written.shape or (by_senior > written).any():
         raise ValueError("senior_mask marks tokens that completion_mask does not")
     # (3)  m_t = 1 if the senior wrote y_t, else j
-    m = torch.where(by_senior.bool(), 1.0, junior_weight)  # (B, C)
+    m = torch.where(by_senior.bool(), senior_weight, junior_weight)  # (B, C)
     return w[:, None] * m * written
 
 

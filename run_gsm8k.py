@@ -31,13 +31,12 @@ import lab  # noqa: F401
 import argparse
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 
-from lab import engine, figures, flags, jobs, measures, models, runs, terminal, viewer
+from lab import engine, flags, jobs, measures, models, runs, terminal, viewer
 from lab import problems as tasks
-from lab.experiments import ABOUT, ARMS, DEFAULTS, PRESETS, SETTINGS, flags_of_run
+from lab.experiments import ABOUT, DEFAULTS, PRESETS, SETTINGS
 from lab.flags import name, number
 from lab.specialist import make_specialist
 from metrics import batch_statistics, count_handoffs, summarise
@@ -71,8 +70,9 @@ def train(args: Namespace, pair: Pair) -> None:
         batch = problems[(update - 1) * n : update * n]
         batch = [problem for problem in batch for _ in range(args.rollouts_per_prompt)]
         # 2. Rollouts: senior and junior write together. Under standard RL the senior writes alone,
-        # and in the control without handoffs the junior does.
-        p = 1.0 if args.solo else 0.0 if args.imitation else args.p
+        # and in the control without handoffs the junior does. In a curriculum p falls to args.p.
+        p = args.p + args.p_extra * (1 - update / args.updates)
+        p = 1.0 if args.solo else 0.0 if args.imitation else p
         seed = args.seed * 10**6 + update
         rollouts = generate(batch, args, pair, p, seed)
         row = {"update": update, "seconds_rollout": time.time() - started}
@@ -90,7 +90,7 @@ def train(args: Namespace, pair: Pair) -> None:
             w = group_advantages(rewards, args.rollouts_per_prompt)  # (B,)
         else:
             w = outcome_weights(rewards, args.wrong_weight)  # (B,)
-        weights = token_weights(rollouts, w, args.junior_weight)  # (B, C)
+        weights = token_weights(rollouts, w, args.junior_weight, args.senior_weight)  # (B, C)
         # 5. Loss and gradient, as a sum over micro-batches.
         num_tokens = rollouts.completion_mask.sum()
         parts = engine.micro_batches(rollouts, weights, args.micro_tokens, keep_all=args.kl > 0)
@@ -247,10 +247,6 @@ def main(argv: list[str] | None = None) -> None:
     # Models and problems are checked before anything slow.
     models.check_before_loading(todo)
     jobs.run_all(train_one, todo)
-    if set(SETTINGS["sweep"]) <= set(args.arms):
-        further = confirm_sweep(next(run for run in todo if run.arm in SETTINGS["sweep"]))
-        jobs.run_all(train_one, further)
-        todo += further
     terminal.finish(todo, SETTINGS if args.setting == "all" else [args.setting])
 
 
@@ -261,20 +257,6 @@ def train_one(args: Namespace) -> None:
     if not _pair:
         _pair.append(models.load_pair(args))
     train(args, _pair[0])
-
-
-def confirm_sweep(args: Namespace) -> list[Namespace]:
-    """The best cell (chosen on validation problems) and the main one, with test problems and seeds
-    that the sweep did not use. args: the flags of a cell.
-    """
-    best = figures.best_cell(Path(args.out))
-    # The best cell may be the main one. There is none if every run diverged.
-    cells = dict.fromkeys([(0.0, 1.0), best]) if best else {}
-    seeds = range(args.seeds, 2 * args.seeds)
-    given = {flag: value for flag, value in vars(args).items() if flag not in ARMS["c0-j1"]}
-    weights = [{"wrong_weight": c, "junior_weight": j} for c, j in cells]
-    arms = {f"test-c{w['wrong_weight']:g}-j{w['junior_weight']:g}": w for w in weights}
-    return [flags_of_run(given, arm, seed, w) for seed in seeds for arm, w in arms.items()]
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ DEFAULTS: dict = {
     "imitation": False,  # the junior writes them alone, and the senior learns from its right ones
     "handoff": "word",
     "p": 0.5,
+    "p_extra": 0.0,  # a curriculum: how much larger p is at first; it falls linearly to p
     "temperature": 0.7,
     "max_new_tokens": 112,
     "batch": 152,  # rollouts per update
@@ -55,6 +56,7 @@ DEFAULTS: dict = {
     "lr": 1e-3,
     "wrong_weight": 0.0,  # c
     "junior_weight": 1.0,  # j
+    "senior_weight": 1.0,  # the same for the senior's tokens
     "kl": 0.0,  # beta
     "rewards": "true",  # or shuffled among the rollouts of a batch
     "clip": 1.0,  # maximum norm of the gradient
@@ -99,6 +101,16 @@ GRPO = {"algorithm": "grpo", "wrong_weight": 0.0, "junior_weight": 0.0, "rollout
 RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True}
 RLVR |= {"specialist_steps": 0, "handoff": "redraw"}
 
+# Who writes in training, and whose words are scored: both's, the senior's, the junior's; and the
+# junior writes alone.
+CREDIT = {
+    "reinforce-j1": LONG,
+    "reinforce-j0": LONG | {"junior_weight": 0.0},
+    "reinforce-junior": LONG | {"senior_weight": 0.0},
+    "reinforce-imitation": LONG | {"imitation": True},
+}
+CREDIT |= {f"{arm}-shuffled": flags | {"rewards": "shuffled"} for arm, flags in CREDIT.items()}
+
 ARMS: dict[str, dict] = {
     "tandem": {},
     "solo": SOLO,
@@ -117,7 +129,7 @@ ARMS: dict[str, dict] = {
     "de-fr-imitation": in_languages("de-fr") | {"imitation": True},
     "de-fr-shuffled": in_languages("de-fr") | {"rewards": "shuffled"},
     "de-fr-senior-only": in_languages("de-fr") | {"junior_weight": 0.0},
-    # Appendix E. The best (c, j) on validation problems is confirmed on test problems.
+    # Appendix E, on validation problems.
     **{
         f"c{c:g}-j{j:g}": {"wrong_weight": c, "junior_weight": j, "validation": True}
         for c in SWEEP_C
@@ -127,8 +139,12 @@ ARMS: dict[str, dict] = {
     "grpo-tandem": GRPO | LONG,
     "grpo-shuffled": GRPO | LONG | {"rewards": "shuffled"},
     "grpo-solo": GRPO | LONG | SOLO,
-    "reinforce-j1": LONG,
-    "reinforce-j0": LONG | {"junior_weight": 0.0},
+    **CREDIT,
+    **{f"de-fr-{arm}": in_languages("de-fr") | flags for arm, flags in CREDIT.items()},
+    # The schedules where the reward is all there is, and a curriculum.
+    **{f"grpo-{name}": GRPO | LONG | {"handoff": name} for name in ("token", "redraw", "sentence")},
+    **{f"grpo-p-{p}": GRPO | LONG | {"p": p} for p in (0.25, 0.75)},
+    "grpo-curriculum": GRPO | LONG | {"p_extra": 0.4},
     **{f"{pair}-grpo-tandem": in_languages(pair) | GRPO | LONG for pair in ("de-fr", "en-de")},
     # Tandem RL: senior and junior begin as one model; the first two differ in their rollouts only.
     "rlvr-tandem": RLVR,
@@ -147,6 +163,9 @@ SETTINGS: dict[str, list[str]] = {
     + ["de-fr-tandem", "de-fr-imitation", "de-fr-shuffled", "de-fr-senior-only"],
     "sweep": [arm for arm in ARMS if "wrong_weight" in ARMS[arm] and "validation" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
+    "credit": [f"{language}{arm}" for language in ("", "de-fr-") for arm in CREDIT],
+    "schedules": ["grpo-tandem", "grpo-token", "grpo-redraw", "grpo-sentence"]
+    + ["grpo-p-0.25", "grpo-p-0.75", "grpo-curriculum"],
     "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
     "rlvr": [arm for arm in ARMS if arm.startswith("rlvr")],
 }
@@ -157,6 +176,8 @@ ABOUT = {
     "control": "what removes the jargon: the reward, or imitation of the junior?",
     "sweep": "the weights c of wrong rollouts and j of the junior's tokens (Appendix E)",
     "pressure": "GRPO on the senior's tokens only: does the reward alone remove jargon?",
+    "credit": "who writes, whose words are scored, and are the rewards true? (two languages)",
+    "schedules": "when a coin is tossed, under GRPO without the junior's tokens",
     "pressure-language": "the same for two language pairs",
     "rlvr": "Tandem RL (Jiao et al., 2026): both models start from the same base",
     "all": "everything, as in results/tiny",
@@ -169,9 +190,9 @@ def arms_of(setting: str) -> list[str]:
     return list(dict.fromkeys(arm for name in settings for arm in SETTINGS[name]))
 
 
-def flags_of_run(given: dict, arm: str, seed: int, more: dict | None = None) -> Namespace:
-    """The flags of one run. given: from the command line. more: flags of an arm of no setting."""
-    of_arm = ARMS.get(arm, {}) | (more or {})
+def flags_of_run(given: dict, arm: str, seed: int) -> Namespace:
+    """The flags of one run. given: from the command line."""
+    of_arm = ARMS[arm]
     fixed = {flag: value for flag, value in of_arm.items() if flag not in LENGTHS}
     preset = PRESETS[given.get("preset", "tiny")]
     flags = DEFAULTS | of_arm | preset | given | fixed | {"arm": arm, "seed": seed}

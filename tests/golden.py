@@ -65,7 +65,7 @@ def record(setting: str) -> dict[str, list[dict]]:
 
     with tempfile.TemporaryDirectory() as out, pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_gsm8k, "generate", generate)
-        patch.setattr(run_gsm8k.figures, "draw_all", lambda *_: None)
+        patch.setattr(run_gsm8k.terminal.figures, "draw_all", lambda *_: None)
         command = f"--setting {setting} --arms {RUNS[setting]} {SIZE} --device cpu --jobs 1"
         # The arms of Tandem RL have no specialist.
         command += "" if setting == "rlvr" else " --specialist-steps 60"

@@ -89,7 +89,7 @@ def run(command: list[str], target: str = "", count: int = 0, seconds=0.0, after
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         run_gsm8k.reward = lambda text, gold: 1.0
-        run_gsm8k.figures.draw_all = lambda *args: None
+        run_gsm8k.terminal.figures.draw_all = lambda *args: None
         specialist.SECONDS_BETWEEN_DRAFTS = 0
         if target:
             aim(target, count)

@@ -81,7 +81,7 @@ def test_senior_and_junior_take_turns(pair, monkeypatch):
 
 def test_a_row_has_every_measure_of_every_problem(base_folder, tmp_path, monkeypatch):
     """The setting rlvr writes measures.jsonl before and after training."""
-    monkeypatch.setattr(run_gsm8k.figures, "draw_all", lambda *_: None)
+    monkeypatch.setattr(run_gsm8k.terminal.figures, "draw_all", lambda *_: None)
     flags = f"--setting rlvr --arms rlvr-tandem --senior {base_folder} --junior {base_folder}"
     flags += f" --out {tmp_path} --device cpu --updates 1 --batch 8 --eval-problems 2"
     run_gsm8k.main([*flags.split(), "--eval-every", "1", "--max-new-tokens", "12"])

@@ -58,6 +58,9 @@ def test_weights_by_hand():
     # Partial credit, r = 0.25: w = 0.25 - 0.4 * 0.75 = -0.05.
     partial = weights_of(BY_HAND, -0.4, 0.0, torch.full((2,), 0.25))
     assert torch.allclose(partial, -0.05 * BY_HAND.senior_mask.double())
+    # Only the junior's words, one per rollout.
+    junior_only = token_weights(BY_HAND, torch.ones(2), 1.0, senior_weight=0.0)
+    assert junior_only.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_mistakes_are_refused():
