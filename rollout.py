@@ -146,8 +146,7 @@ class Rollouts:
 
     def as_read_by_junior(self) -> "Rollouts":
         """The same completions after the junior's prompts, for the junior to score."""
-        asked = self.junior_prompt_ids, self.junior_prompt_mask
-        return replace(self, prompt_ids=asked[0], prompt_mask=asked[1])
+        return replace(self, prompt_ids=self.junior_prompt_ids, prompt_mask=self.junior_prompt_mask)
 
 
 @torch.no_grad()

@@ -203,14 +203,12 @@ class Handoff:
 
     pieces: the bytes of all V tokens. coins (C, B): uniform numbers in [0, 1); the
     k-th toss of a rollout uses its coins[k] and names the senior if the number is below p.
-    Raises ValueError for an unknown schedule or a p outside [0, 1].
+    Raises ValueError for an unknown schedule.
     """
 
     def __init__(self, pieces: list[bytes], schedule: str, p: float, coins):
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"p is the probability that a coin names the senior, got {p}")
         self.pieces, self.calls_for_toss = pieces, SCHEDULES[schedule]
         self.coins = (coins < p).T.tolist()  # does the k-th toss of the rollout name the senior?
         batch = len(self.coins)

@@ -82,6 +82,3 @@ def test_wilson_by_hand():
     cases = {(10, 10): (0.7225, 1.0), (0, 10): (0.0, 0.2775), (1, 2): (0.0945, 0.9055)}
     for proportion, interval in cases.items():
         assert wilson_interval(*proportion) == pytest.approx(interval, abs=1e-4)
-    for proportion in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="invalid proportion"):
-            wilson_interval(*proportion)

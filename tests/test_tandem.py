@@ -141,10 +141,9 @@ def test_a_schedule_is_added_in_one_place(monkeypatch):
     assert walk([b"x"] * 7, "thirds") == ("SSSSSSJ", [1, 0, 0, 1, 0, 0, 1])
 
 
-@pytest.mark.parametrize(("schedule", "p"), [("words", 0.5), ("word", 1.5)])
-def test_bad_arguments_are_named(schedule, p):
-    with pytest.raises(ValueError, match="unknown schedule 'words'|, got 1.5"):
-        Handoff([b"a"], schedule, p, torch.zeros(1, 1))
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="unknown schedule 'words'"):
+        Handoff([b"a"], "words", 0.5, torch.zeros(1, 1))
 
 
 # ------------------------------------------------------------------------------------------------
