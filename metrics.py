@@ -7,7 +7,7 @@
     tokens       mean length of a completion; of a training batch, the number of tokens
     handoffs     changes of author per rollout, and how many of them fall inside an expression such
                  as 48/2=<<48/2=24>>24
-    legibility   the junior's cross-entropy on the senior's solutions; a high one means less legible
+    legibility   the junior's cross-entropy on the senior's solutions: lower is more legible
     drift        how far the senior's distribution is from the junior's
 
 A solution that mixes two languages counts under the likelier one. Everything here works on text,
@@ -41,8 +41,8 @@ def has_jargon(text: str) -> bool:
 
 
 # Every metric maps (solution, gold answer) to a number; an evaluation reports its mean. To add one,
-# name it here: it is then recorded, and has a column in every table. A metric that is 0 or 1 is a
-# share, and its column has an interval.
+# name it here: it is then recorded, and has a column in every table. If a metric takes only the
+# values 0 and 1, its mean is a share, which has an interval there.
 METRICS: dict[str, Callable[[str, str], float]] = {
     "accuracy": is_correct,
     "jargon": lambda solution, gold: has_jargon(solution),
@@ -73,7 +73,7 @@ def summarise(
 ) -> dict:
     """The evaluation of n solutions: n, means, and the outcome on every single problem.
 
-    With the outcomes, two arms can be compared problem by problem.
+    With the outcomes, two ways of training can be compared problem by problem.
     """
     pairs, n = list(zip(texts, golds)), len(texts)
     outcomes = {name: [float(metric(*pair)) for pair in pairs] for name, metric in METRICS.items()}
@@ -119,7 +119,10 @@ def count_handoffs(rollouts: Sequence[Sequence[tuple[str, str]]]) -> dict[str, f
 
 
 def batch_statistics(rollouts, rewards: torch.Tensor) -> dict[str, float]:
-    """What a row of metrics.jsonl says of a training batch: of Rollouts and their rewards (B,)."""
+    """The statistics of a training batch in its row of metrics.jsonl. rewards: (B,).
+
+    The runner adds loss, gradient norm, seconds, and the evaluation if there is one.
+    """
     mask, by_senior = rollouts.completion_mask, rollouts.senior_mask  # (B, C) each
     # A change before the end token, which has no text, counts here.
     changes = (by_senior[:, 1:] != by_senior[:, :-1]) & mask[:, 1:].bool()  # (B, C-1)

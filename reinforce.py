@@ -15,11 +15,11 @@ G rollouts per problem and their rewards r_1 ... r_G, the weight w(y) in (1) is 
 
     A(y_i) = (r_i - mean(r)) / (std(r) + 1e-6)       std with G - 1 in its denominator  (4)
 
-and the junior's tokens are not scored (j = 0). GRPO also multiplies each term by the clipped ratio
-pi_senior / pi_old, where pi_old is the senior that wrote the rollouts. Here every batch gives one
-step, in which the two are the same model: the ratio is 1, it is never clipped, and the gradient is
-that of (1). One control experiment of Tandem RL subtracts a KL penalty, beta * k3_t, for every
-token of the senior:
+and the junior's tokens are not scored (the arms with GRPO in lab/experiments.py have j = 0). GRPO
+also multiplies each term by the clipped ratio pi_senior / pi_old, where pi_old is the senior that
+wrote the rollouts. Here each batch is used for one optimizer step, so pi_old = pi_senior: the ratio
+is 1, it is never clipped, and its gradient is that of log pi_senior, as in (1). One control
+experiment of Tandem RL subtracts a KL penalty, beta * k3_t, for every token of the senior:
 
     k3_t = exp(d_t) - 1 - d_t                                                           (5)
     d_t  = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(y_t | x_senior, y_<t)
@@ -43,8 +43,9 @@ What this optimises. With j = 0 and a schedule whose coins depend only on writte
 w = (1 - c)(r - b) with the constant baseline b = -c / (1 - c). Under `word` it is an approximation,
 because discarded candidates are not scored (tandem.py). With j = 1 it is not a policy gradient: the
 senior also imitates what the junior wrote in right rollouts, and with c < 0 it unlearns what the
-junior wrote in wrong ones. With rewards of 0 and 1 and G > 3, dividing by std in (4) weighs
-problems differently. There is no learned baseline and no entropy bonus.
+junior wrote in wrong ones. Dividing by std in (4) gives the problems weights that depend on how
+many of their G rollouts are right (for G = 2 or 3 all problems that matter have the same std).
+There is no learned baseline and no entropy bonus.
 """
 
 import torch
@@ -126,8 +127,8 @@ def kl_estimate(
 ) -> torch.Tensor:
     """k3 of every token of the mask, (B, C), and 0 elsewhere (Schulman, 2020).
 
-    For tokens that the senior sampled alone, or under `token` and `redraw`, its expected value is
-    KL(senior || junior). Its gradient, with the tokens held fixed, is on average that of
+    For tokens that the senior sampled alone, or under `token` and `redraw`, its mean is
+    KL(senior || junior). With the tokens held fixed, the mean of its gradient is the gradient of
     KL(junior || senior), which has the same minimum.
     """
     # Where the mask is 0, a ratio that overflows would give 0 * inf = NaN.
@@ -145,13 +146,12 @@ def loss(
     junior=None,
     kl: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minus the objective, (1) less the KL penalty, divided by the number of tokens.
+    """-((1) - KL penalty) / num_tokens, as a differentiable scalar; and logprobs (B, C), detached.
 
-    Returns a differentiable scalar, and logprobs (B, C) without gradient. num_tokens: the
-    completion tokens of the whole batch, right and wrong, of which `rollouts` may be a part. So
-    every token weighs the same, as in the policy gradient, up to a bias of order 1/B, because the
-    number is random. The value of the loss measures nothing, since texts and weights are new in
-    every update: watch the rewards.
+    num_tokens: the completion tokens of the whole batch, right and wrong; `rollouts` may be a
+    micro-batch of it. So all tokens weigh the same, as in the policy gradient; as the number is
+    random, there is a bias of order 1/B. The value of the loss measures nothing, since texts and
+    weights are new in every update: watch the rewards.
     """
     # log pi_senior(y_t | x_senior, y_<t)
     logprobs = completion_logprobs(senior, rollouts, temperature)  # (B, C)

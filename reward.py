@@ -13,14 +13,14 @@ same. After the mark the answer comes first, perhaps followed by a unit or a rem
 mark, as from a chat model, intermediate results come first and the answer last.
 
 A number is read in the English way: 1,500.50 and 2.125. Since the junior's language may differ from
-the reference's, a solution is also right if its number equals the reference in the continental
-reading, in which point and comma change places: 1.500,50 in German, 1 500,50 in French. So "1.500"
-is right where the answer is 1.5, and where it is 1500. The reference itself is found by the same
-rule; it is read in the English way, or in the continental one where it is no English number.
+the reference's, a solution is also right if its number equals the reference when it is read with
+point and comma swapped: 1.500,50 in German, 1 500,50 in French. So "1.500" is right where the
+answer is 1.5, and where it is 1500. The number of the reference is found in the same way, but it
+has one reading: the English one if there is one, else the continental one.
 
 The verifier knows no units, fractions ("#### 1/2" is read as 1), scientific notation or numbers in
-words, and it does not check the steps. `# Open in paper:` marks a choice that our sources on the
-papers leave open.
+words, and it does not check the steps. `# Open in paper:` marks a choice that the papers, as far as
+we know them, leave open.
 """
 
 import re

@@ -16,10 +16,11 @@ model's candidate (West et al., 2025):
 After sampling comes the algorithm for one rollout, without cache and batch, then the same for a
 batch; a test checks that both write the same tokens. What makes it fast is in lab/engine.py.
 
-All random numbers are drawn in advance: one per row, step and model for sampling, and as many coins
-per row as there are steps, one per toss. So a row's text does not depend on the other rows of the
-batch, and the senior samples with the same numbers whether it writes alone (p = 1) or with the
-junior. There is no top-k or top-p: the loss uses log-probabilities under the full softmax.
+All random numbers are drawn in advance: for sampling one per row, step and model, and one coin per
+row and step, of which each toss uses the row's next one. So, up to rounding, a row's text does not
+depend on the other rows of the batch, and the senior samples with the same numbers whether it
+writes alone (p = 1) or with the junior. There is no top-k or top-p: the loss uses log-probabilities
+under the full softmax.
 """
 
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class Pair:
     junior_tokenizer: object
     end_ids: list[int]  # tokens that end a completion, whichever model writes them
     pieces: list[bytes]  # the bytes that each token writes
-    both: object = None  # where the junior is the senior's base: one pass that serves both models
+    both: object = None  # one forward pass for both models, if the junior is the senior's base
 
 
 def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -176,7 +177,7 @@ def rollout(
     if not len(senior_prompts) == len(junior_prompts) == batch:
         counts = f"{len(senior_prompts)} and {len(junior_prompts)} prompts"
         raise ValueError(f"{counts} for {batch} rollouts: give one prompt per model and rollout")
-    # The text of each row and who is active in it; and both models, which have read their prompts.
+    # handoff: text and active model of each row. decoder: both models, with their prompts read.
     handoff = Handoff(pair.pieces, schedule, p, coins)
     decoder = Decoder(pair, senior_prompts, junior_prompts, max_new_tokens, p, noise.device)
     # What is written, by row of the whole batch. `rows` are those that are still being written.
@@ -186,7 +187,8 @@ def rollout(
     finished = [False] * batch
 
     for t in range(max_new_tokens):
-        # 1. Each model samples a candidate for every row. A single writer's sample stands for both.
+        # 1. Each model samples a candidate for every row. If only one model runs (p = 0 or 1), its
+        # sample serves as both candidates.
         senior_logits, junior_logits = decoder.logits  # (b, V) each
         if p > 0:
             senior_ids = junior_ids = sample(senior_logits, noise[0, t, rows], temperature).tolist()

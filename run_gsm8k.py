@@ -7,8 +7,8 @@
 The first command needs no GPU, download or account. lab/experiments.py has the settings, arms and
 presets. One update (`train` below), with B rollouts of C tokens; x are the prompts, y_t is token t:
 
-    problem ─┬ x_senior ─ senior ┐ both propose a token; at each new word a coin    rollout.py
-             └ x_junior ─ junior ┘ names the writer, whose proposal is written      tandem.py
+    problem ─┬ x_senior ─ senior ┐ both sample a candidate; at each new word a      rollout.py
+             └ x_junior ─ junior ┘ coin names the writer, whose candidate stays     tandem.py
                   └─> completion_ids, senior_mask (B, C), texts
     texts ─> rewards (B,) ─> weights (B, C)                                         reward.py
     weights * log pi_senior(y_t | x_senior, y_<t) (B, C) ─> loss ─> one LoRA step   reinforce.py
@@ -56,8 +56,8 @@ def train(args: Namespace, pair: Pair) -> None:
     make_specialist(args, pair)
     # Open in paper: the optimizer. Here AdamW without weight decay, at a constant learning rate.
     senior, optimizer = pair.senior, models.make_optimizer(pair.senior, args)
-    # The last update that was saved (-1: none), and what the loop keeps besides model and
-    # optimizer, a dictionary that is saved and resumed.
+    # last: the last update that was saved, or -1. kept: whatever else the loop has to remember, a
+    # dictionary that is saved with every checkpoint.
     last, kept = runs.begin(args, senior, optimizer)
     # Update 0 is the evaluation before training.
     if last < 0:
@@ -70,7 +70,7 @@ def train(args: Namespace, pair: Pair) -> None:
         batch = problems[(update - 1) * n : update * n]
         batch = [problem for problem in batch for _ in range(args.rollouts_per_prompt)]
         # 2. Rollouts: senior and junior write together. Under standard RL the senior writes alone,
-        # and in the control without handoffs the junior does. In a curriculum p falls to args.p.
+        # and in the imitation control the junior does. In a curriculum p falls to args.p.
         p = args.p + args.p_extra * (1 - update / args.updates)
         p = 1.0 if args.solo else 0.0 if args.imitation else p
         seed = args.seed * 10**6 + update
@@ -84,8 +84,8 @@ def train(args: Namespace, pair: Pair) -> None:
             # The control in which a reward says nothing about its rollout.
             order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
             rewards = rewards[order.to(args.device)]
-        # 4. Weights: of right and wrong rollouts (REINFORCE) or the advantage within a group
-        # (GRPO); times j at the junior's tokens.
+        # 4. Weights: one per rollout, w(y) (REINFORCE) or its advantage within its group (GRPO).
+        # The junior's tokens get j times the weight of their rollout.
         if args.algorithm == "grpo":
             w = group_advantages(rewards, args.rollouts_per_prompt)  # (B,)
         else:
@@ -100,7 +100,8 @@ def train(args: Namespace, pair: Pair) -> None:
             part_loss, logprobs = loss(senior, few, few_weights, num_tokens, *options)
             part_loss.backward()
             row["loss"] += part_loss.item()
-            # For the guard against tokens that are pushed away without bound (check_row).
+            # How unlikely the tokens with negative weights have become: check_row stops a run that
+            # pushes them away without bound.
             runs.note_pushed_away(row, few_weights, logprobs)
         # 6. One step. If all weights are zero, there is nothing to learn from and no step.
         if parts:
@@ -118,7 +119,7 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
 
     more: schedule, if not that of --handoff; alternate, if senior and junior take turns instead of
     tossing coins; trace, see rollout. Seeds are seed * 10**6 + update in training and 10**9 + seed
-    or higher in evaluations, so that no two batches of a run share their random numbers.
+    or higher in evaluations: no training batch shares its random numbers with any other batch.
     """
     # Drawn on the CPU, so that the numbers do not depend on the device.
     noise, coins = random_numbers(len(problems), args.max_new_tokens, seed)  # (2, C, B), (C, B)

@@ -28,9 +28,9 @@ When a coin is tossed is decided by a *schedule*. The trace uses `word`; there a
 In the third row of the trace the senior's candidate " sells" caused the toss but is not part of the
 text. Its probability therefore affects the text, while the loss has no term for it, so the policy
 gradient is only approximate under `word`, `sentence` and `paragraph`. Under `token` and `redraw`
-the tosses depend only on text that is already written, and the gradient of the sum over tokens is
-exact (if only the senior's own tokens are scored, see reinforce.py). tests/test_gradients.py checks
-both. `# Open in paper:` marks a choice that our sources on the papers leave open.
+the tosses depend only on text that is already written, and the policy gradient is exact if the loss
+sums over tokens and scores only the senior's own (see reinforce.py). tests/test_gradients.py checks
+both. `# Open in paper:` marks a choice that the papers, as far as we know them, leave open.
 
 This file works on text and knows no model. Models are run and sampled in rollout.py.
 """
@@ -80,10 +80,10 @@ def character_class(character: str) -> str:
 def opens_word(before: str, piece: str) -> bool:
     """Whether a token whose text is `piece` opens a new word after the text `before`.
 
-    It does unless its first character and the last one of the text belong to one word or to one
-    visible character. Extenders at the end of the text are skipped. After half a character no token
-    opens a word, because that would cut the character in two. The end token, which has no text,
-    opens a word: a coin also decides who may end the solution.
+    It does unless it continues the last word or the last visible character of `before`. Extenders
+    at the end of `before` are skipped. After half a character no token opens a word, because that
+    would cut the character in two. The end token, which has no text, opens a word: a coin also
+    decides who may end the solution.
 
     >>> opens_word("Natalia", " sold"), opens_word("Nat", "alia"), opens_word("48", "/")
     (True, False, True)
@@ -179,7 +179,10 @@ def _at_line_start(text: str) -> bool:
 
 
 def _begins_unit(text: str, recent: list[str], piece: str) -> bool:
-    """Whether `piece` is more than white space, with white space or a full-width mark before it."""
+    """Whether `piece` begins a new unit, after or with white space, or after a full-width mark.
+
+    The end token does. White space alone does not.
+    """
     after_blank = text[-1:].isspace() or text.endswith(tuple("。！？"))
     after_blank = after_blank or piece[:1].isspace() or not piece
     # Without the last condition a model might write only a blank line before the next toss.
@@ -201,8 +204,9 @@ SCHEDULES: dict[str, Callable[[str, list[str], str], bool]] = {
 class Handoff:
     """Who is active in each of B rollouts, and what has been written: lists with B entries.
 
-    pieces: the bytes of all V tokens. coins (C, B): uniform numbers in [0, 1); the
-    k-th toss of a rollout uses its coins[k] and names the senior if the number is below p.
+    pieces: the bytes of all V tokens. coins (C, B), for completions of at most C tokens: uniform
+    numbers in [0, 1). The k-th toss of a rollout uses its coins[k] and names the senior if that is
+    below p.
     Raises ValueError for an unknown schedule.
     """
 
