@@ -183,13 +183,19 @@ def load_pair(args: Namespace) -> Pair:
     return pair
 
 
+def loading_options(dtype: torch.dtype, device: str, four_bit: bool) -> dict:
+    """Arguments of from_pretrained; with four_bit, linear layers have NF4 weights."""
+    options = {"dtype": dtype, "device_map": {"": device}}
+    if four_bit:
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    return options
+
+
 def load_model(name: str, args: Namespace):
     """One frozen causal language model in bfloat16 or float32, with NF4 weights if --four-bit."""
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    options = {"dtype": dtype, "device_map": {"": args.device}}
-    if args.four_bit:
-        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    options = loading_options(dtype, args.device, args.four_bit)
     if (Path(name) / "generation_config.json").is_file():
         # transformers would go on without the end tokens of a file that it cannot read.
         load(transformers.GenerationConfig, name)
