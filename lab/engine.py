@@ -165,15 +165,13 @@ def in_chunks(write: Callable, count: int, max_rows: int):
 
     The size of the chunks changes results by rounding only.
     """
-    size = min(max_rows, count)
-    while True:
-        try:
-            return join([write(slice(i, i + size)) for i in range(0, count, size)])
-        except RuntimeError as error:
-            # (accelerate's find_executable_batch_size would collect garbage at every call.)
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-            size = (size + 1) // 2
+    try:
+        return join([write(slice(i, i + max_rows)) for i in range(0, count, max_rows)])
+    except RuntimeError as error:
+        # (accelerate's find_executable_batch_size would collect garbage at every call.)
+        if max_rows == 1 or not should_reduce_batch_size(error):
+            raise
+    return in_chunks(write, count, (min(max_rows, count) + 1) // 2)
 
 
 # ------------------------------------------------------------------------------------------------
