@@ -134,10 +134,10 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
     # Within a family, logits may be padded to different widths. Both are cut to the smaller.
     vocab_size = min(config.vocab_size for config in configs)
     one, other = (
-        {token: i for token, i in tokenizer.get_vocab().items() if i < vocab_size}
+        {item for item in tokenizer.get_vocab().items() if item[1] < vocab_size}
         for tokenizer in tokenizers
     )
-    if differ := len(one.items() ^ other.items()):
+    if differ := len(one ^ other):
         sizes = f"{len(tokenizers[0])} and {len(tokenizers[1])} tokens, and {differ} entries differ"
         raise ValueError(f"{' and '.join(names)} must share one tokenizer, but have {sizes}")
     for name, tokenizer in zip(names, tokenizers):
