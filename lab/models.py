@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 # What a run asks its models depends on these flags alone.
 ASKED = "senior_language junior_language seed validation updates batch eval_problems".split()
-ASKED += ["specialist_steps"]
+ASKED += ["rollouts_per_prompt", "specialist_steps"]
 
 
 def check_before_loading(todo: list[Namespace]) -> None:
