@@ -214,7 +214,7 @@ def rollout(
         if all(finished):
             break
         # 4. Finished rows leave the batch when there are enough of them.
-        kept = decoder.compact(t, [finished[row] for row in rows])
+        kept = decoder.compact([finished[row] for row in rows])
         if kept is not None:
             rows, written = [rows[i] for i in kept], [written[i] for i in kept]
         # 5. Both models read the written token, whoever wrote it.

@@ -2,8 +2,7 @@
 
     part      what is measured
     tiny      seconds of 152 rollouts of 112 tokens by the tiny base: transformers' generate (the
-              senior alone), rollout with p = 1 (solo) and with p = 0.5 (tandem); and the share of
-              a tandem rollout that Handoff.choose takes, which works on text
+              senior alone), rollout with p = 1 (solo) and with p = 0.5 (tandem)
     update    8 rollouts of 32 + 224 tokens: loss and gradient, with completion_logprobs of
               lab/engine.py and with the definition, plain_logprobs of reinforce.py, for
               vocabularies of 32,000 and 152,000 tokens
@@ -11,14 +10,15 @@
               31 rollouts of 200 + 256 tokens, an update on them, and the times of the part `tiny`
 
 Without --only all parts run, cuda only where there is a GPU. --out adds the numbers to a JSON file.
-peak_mib is what was needed in addition to what was in use before: of tensors on a GPU, of the whole
-process on a CPU (Linux). Times are medians and depend on the machine; compare ratios. Nothing here
-says how good a model is.
+peak_mib is what was needed in addition: of tensors on a GPU to what was in use before, of the whole
+process on a CPU to the most that it had used before. Times are medians and depend on the machine;
+compare ratios. Nothing here says how good a model is.
 """
 
 import argparse
 import json
 import multiprocessing
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,13 +26,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reinforce
 from lab import engine, models, problems, runs
 from lab.experiments import flags_of_run
 from rollout import Pair, Rollouts, random_numbers, rollout
-from tandem import Handoff
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPERATURE, REPEATS = 0.7, 5
@@ -42,64 +41,32 @@ TEMPERATURE, REPEATS = 0.7, 5
 
 
 def measure(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds of run(), and its peak memory in MiB less what was in use before it."""
-    # 5 resets the peak of the resident set: see proc(5).
-    Path("/proc/self/clear_refs").write_text("5")
+    """Seconds of run(), and the memory in MiB that it needs in addition."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before, started = memory(), time.perf_counter()
+    before, started = peak_memory(), time.perf_counter()
     run()
     # First the memory, because reading it waits for the GPU.
-    return {"peak_mib": memory(peak=True) - before, "seconds": time.perf_counter() - started}
+    return {"peak_mib": peak_memory() - before, "seconds": time.perf_counter() - started}
 
 
-def memory(peak: bool = False) -> float:
-    """The MiB in use now, or the most since the peak was reset."""
+def peak_memory() -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-        return read() / 2**20
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("VmHWM:" if peak else "VmRSS:") + 1]) / 2**10
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-# ------------------------------------------------------------------------------------------------
-# The parts on any machine
+def write(pair: Pair, prompts: list, new: int, p: float = 0.5) -> Rollouts:
+    noise, coins = random_numbers(len(prompts), new, seed=0)
+    return rollout(pair, prompts, prompts, noise.to(DEVICE), coins, p=p)
 
 
-def measure_tiny() -> dict:
-    flags = flags_of_run({"device": DEVICE, "bfloat16": DEVICE == "cuda"}, "tandem", seed=0)
-    pair = models.load_pair(flags)
-    texts = [problems.prompt(problem.question) for problem in problems.generate(152, "test", 0)]
-    prompts = models.encode(pair.senior_tokenizer, texts)
-    found, trace = compare_rollouts(pair, prompts, new=112), []
-    # The same decisions again, without the models.
-    write(pair, prompts, new=112, trace=trace)
-    handoff = Handoff(pair.pieces, "word", 0.5, random_numbers(152, 112, seed=0)[1])
-    seconds = measure(lambda: [handoff.choose(*step[:3]) for step in trace])["seconds"]
-    return found | {"handoff_of_tandem": seconds / found["seconds"]["tandem"]}
-
-
-def measure_updates() -> dict:
-    """Each in a process of its own, in which nothing has left memory before."""
-    cases = [(name, size) for size in (32_000, 152_000) for name in ("plain", "completion")]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {f"{name} {size}": pool.apply(measure_update, (name, size)) for name, size in cases}
-
-
-def measure_update(name: str, vocab_size: int) -> dict[str, float]:
-    """An update of a small Llama with "plain" or "completion" log-probabilities."""
-    # In this process only, the definition takes the place of the fast version, or nothing changes.
-    reinforce.completion_logprobs = getattr(reinforce, f"{name}_logprobs")
-    sizes = dict(vocab_size=vocab_size, hidden_size=256, intermediate_size=512)
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).to(DEVICE)
-    senior, pieces = models.add_adapter(base, rank=16), [b" word"] * vocab_size
-    pair = Pair(senior, models.SharedJunior(senior), None, None, [-1], pieces)
-    rollouts = write(pair, torch.randint(vocab_size, (8, 32)).tolist(), new=224, p=1.0)
-    add_gradient(senior, engine.select(rollouts, [0]))  # warm-up
-    found = [measure(lambda: add_gradient(senior, rollouts)) for _ in range(REPEATS)]
-    # The peak is that of the first update, as the process keeps freed memory.
-    return found[0] | {"seconds": median(one["seconds"] for one in found)}
+def add_gradient(senior, rollouts: Rollouts) -> None:
+    """The gradient as run_gsm8k.py computes it, with the weight 1 for every token."""
+    weights, num_tokens = rollouts.completion_mask.float(), rollouts.completion_mask.sum()
+    for few, few_weights in engine.micro_batches(rollouts, weights, max_tokens=8192):
+        reinforce.loss(senior, few, few_weights, num_tokens, TEMPERATURE)[0].backward()
 
 
 def compare_rollouts(pair: Pair, prompts: list[list[int]], new: int) -> dict:
@@ -118,34 +85,53 @@ def compare_rollouts(pair: Pair, prompts: list[list[int]], new: int) -> dict:
     return {"tokens": new, "seconds": seconds, "of_generate": ratios}
 
 
-def write(pair: Pair, prompts: list, new: int, p: float = 0.5, trace=None) -> Rollouts:
-    noise, coins = random_numbers(len(prompts), new, seed=0)
-    return rollout(pair, prompts, prompts, noise.to(DEVICE), coins, p=p, trace=trace)
-
-
-def add_gradient(senior, rollouts: Rollouts) -> None:
-    """The gradient as run_gsm8k.py computes it, with the weight 1 for every token."""
-    weights, num_tokens = rollouts.completion_mask.float(), rollouts.completion_mask.sum()
-    for few, few_weights in engine.micro_batches(rollouts, weights, max_tokens=8192):
-        reinforce.loss(senior, few, few_weights, num_tokens, TEMPERATURE)[0].backward()
-
-
 # ------------------------------------------------------------------------------------------------
-# Two models of the size of Llama-2-7B
+# The parts
+
+
+def measure_tiny() -> dict:
+    flags = flags_of_run({"device": DEVICE, "bfloat16": DEVICE == "cuda"}, "tandem", seed=0)
+    pair = models.load_pair(flags)
+    texts = [problems.prompt(problem.question) for problem in problems.generate(152, "test", 0)]
+    return compare_rollouts(pair, models.encode(pair.senior_tokenizer, texts), new=112)
+
+
+def measure_updates() -> dict:
+    """Each in a process of its own, in which nothing has used memory before."""
+    cases = [(name, size) for size in (32_000, 152_000) for name in ("plain", "completion")]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {f"{name} {size}": pool.apply(measure_update, (name, size)) for name, size in cases}
+
+
+def measure_update(name: str, vocab_size: int) -> dict[str, float]:
+    """An update of a small Llama with "plain" or "completion" log-probabilities."""
+    # In this process only, the definition takes the place of the fast version, or nothing changes.
+    reinforce.completion_logprobs = getattr(reinforce, f"{name}_logprobs")
+    sizes = dict(vocab_size=vocab_size, hidden_size=256, intermediate_size=512)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).to(DEVICE)
+    pair = random_pair(base, base, vocab_size)
+    rollouts = write(pair, torch.randint(vocab_size, (8, 32)).tolist(), new=224, p=1.0)
+    add_gradient(pair.senior, engine.select(rollouts, [0]))  # warm-up
+    found = [measure(lambda: add_gradient(pair.senior, rollouts)) for _ in range(REPEATS)]
+    # The peak is that of the first update, as the process keeps freed memory.
+    return found[0] | {"seconds": median(one["seconds"] for one in found)}
 
 
 def measure_cuda() -> dict:
-    before, config = memory(), LlamaConfig()  # its defaults are the sizes of Llama-2-7B
-    senior = models.disable_dropout(models.add_adapter(random_base(config), rank=16))
-    models.enable_checkpointing(senior)
-    junior, pieces = models.disable_dropout(random_base(config)), [b" word"] * config.vocab_size
-    pair = Pair(senior, junior, None, None, [-1], pieces)
+    config = LlamaConfig()  # its defaults are the sizes of Llama-2-7B
+    pair = random_pair(random_base(config), random_base(config), config.vocab_size)
+    models.enable_checkpointing(pair.senior)
     prompts, rollouts = torch.randint(config.vocab_size, (31, 200)).tolist(), []
-    found = {"weights_mib": memory() - before}
+    found = {"weights_mib": torch.cuda.memory_allocated() / 2**20}
     found["rollout"] = measure(lambda: rollouts.append(write(pair, prompts, new=256)))
-    optimizer = models.make_optimizer(senior, argparse.Namespace(eight_bit_adam=True, lr=1e-4))
-    found["update"] = measure(lambda: (add_gradient(senior, *rollouts), optimizer.step()))
+    optimizer = models.make_optimizer(pair.senior, argparse.Namespace(eight_bit_adam=True, lr=1e-4))
+    found["update"] = measure(lambda: (add_gradient(pair.senior, *rollouts), optimizer.step()))
     return found | compare_rollouts(pair, prompts, new=256)
+
+
+def random_pair(base, junior, vocab_size: int) -> Pair:
+    senior = models.disable_dropout(models.add_adapter(base, rank=16))
+    return Pair(senior, models.disable_dropout(junior), None, None, [-1], [b" word"] * vocab_size)
 
 
 def random_base(config: LlamaConfig) -> LlamaForCausalLM:
@@ -158,9 +144,7 @@ def random_base(config: LlamaConfig) -> LlamaForCausalLM:
         parameters = dict(LlamaForCausalLM(config).named_parameters())
     numbers = 0.02 * torch.randn(max(p.numel() for p in parameters.values()))
     weights = {name: numbers[: p.numel()].view(p.shape) for name, p in parameters.items()}
-    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    nf4 = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **nf4)
-    options = dict(dtype=torch.bfloat16, quantization_config=nf4, device_map={"": DEVICE})
+    options = models.loading_options(torch.bfloat16, DEVICE, four_bit=True)
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
 
 

@@ -32,11 +32,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 # Rollouts
 
 MIN_SHARED = 64  # tokens; a shorter common beginning is not worth a pass of its own
-CHECK_EVERY = 4  # steps between two looks for finished rollouts
+COMPACT_AT = 0.8  # compaction copies the caches, so it waits until a fifth of the rows has finished
 # What models call their cache: newer versions of transformers have renamed it.
 IS_NEW = "cache" in signature(LlamaForCausalLM.forward).parameters
 CACHE = "cache" if IS_NEW else "past_key_values"
-COMPACT_AT = 0.8  # compaction copies the caches, so it waits until a fifth of the rows has finished
 
 
 def pad(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,12 +55,11 @@ class Decoder:
     """
 
     def __init__(self, pair, senior_prompts, junior_prompts, max_new_tokens: int, p: float, device):
-        # (model, prompts of the roles that it serves, whether it is needed)
-        both = [(pair.both, [senior_prompts, junior_prompts], True)]
-        each = [(pair.senior, [senior_prompts], p > 0), (pair.junior, [junior_prompts], p < 1)]
-        wanted = both if pair.both is not None and 0 < p < 1 else each
-        options = max_new_tokens, device
-        self.models = [CachedModel(model, asked, *options) for model, asked, runs in wanted if runs]
+        needed = [(pair.senior, [senior_prompts])] if p > 0 else []
+        needed += [(pair.junior, [junior_prompts])] if p < 1 else []
+        if len(needed) == 2 and pair.both is not None:
+            needed = [(pair.both, [senior_prompts, junior_prompts])]
+        self.models = [CachedModel(*asked, max_new_tokens, device) for asked in needed]
 
     @property
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,12 +69,12 @@ class Decoder:
     def step(self, ids: list[int]) -> None:
         """Every model reads the token that was written in each row, whichever model wrote it."""
         for model in self.models:
-            model.step(ids)
+            model.read(torch.tensor(ids * model.num_roles, device=model.mask.device)[:, None])
 
-    def compact(self, t: int, finished: list[bool]) -> list[int] | None:
-        """Drop finished rows after step t if there are enough of them. Returns the indices kept."""
+    def compact(self, finished: list[bool]) -> list[int] | None:
+        """Drop finished rows if there are enough of them. Returns the indices kept."""
         kept = [i for i, done in enumerate(finished) if not done]
-        if t % CHECK_EVERY != CHECK_EVERY - 1 or len(kept) > COMPACT_AT * len(finished):
+        if len(kept) > COMPACT_AT * len(finished):
             return None
         for model in self.models:
             model.select_rows(kept)
@@ -88,68 +86,42 @@ class CachedModel:
 
     def __init__(self, model, prompts_by_role: list[list[list[int]]], max_new_tokens: int, device):
         self.model, self.num_roles, self.length = model, len(prompts_by_role), 0
-        prompts = [prompt for of_role in prompts_by_role for prompt in of_role]
-        ids, mask = pad(prompts, "left", device)  # (num_roles * B, P)
-        shared = min(common_prefix(of_role) for of_role in prompts_by_role)
-        if shared >= MIN_SHARED:
-            ids, mask = prefix_first(ids, mask, shared)
-        rows, width = ids.shape
-        layer = partial(PreallocatedLayer, width + max_new_tokens)
-        self.cache = Cache(layer_class_to_replicate=layer)
-        # Only prompts contain padding, so the mask is 1 at all later positions.
-        self.mask = torch.cat([mask, mask.new_ones(rows, max_new_tokens)], 1)
-        # Padding does not count as a position: a row must not depend on the longest prompt.
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        self.position = mask.sum(1, keepdim=True)  # (rows, 1), of the next token
+        prompts = [prompt for of_role in prompts_by_role for prompt in of_role]  # num_roles * B
+        shared = min(map(common_prefix, prompts_by_role))
+        shared = shared if shared >= MIN_SHARED else 0
+        ids, mask = pad([prompt[shared:] for prompt in prompts], "left", device)
+        ones = mask.new_ones(len(prompts), shared + max_new_tokens)
+        # Padding lies between the common beginning of the prompts and the rest of each.
+        self.mask = torch.cat([ones[:, :shared], mask, ones[:, shared:]], 1)
+        # It does not count as a position: a row must not depend on the longest prompt.
+        self.position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, *self.mask.shape))
         # Only the logits at the last position are needed. With an integer instead of a tensor,
         # the models would take a slice for which PyTorch copies the output layer once per row.
         self.last = torch.tensor([-1], device=device)
-        if shared >= MIN_SHARED:
+        if shared:
             # The beginning is read once per role, and its keys and values are copied to all rows.
-            batch, full = rows // self.num_roles, self.mask
-            self.mask = full[::batch]
-            self._forward(ids[::batch, :shared], position_ids[::batch, :shared])
-            index = torch.arange(self.num_roles, device=device).repeat_interleave(batch)
-            self.cache.batch_select_indices(index)
-            self.mask, ids, position_ids = full, ids[:, shared:], position_ids[:, shared:]
-        self._forward(ids, position_ids)
+            beginnings = [of_role[0][:shared] for of_role in prompts_by_role]
+            self.read(torch.tensor(beginnings, device=device))
+            roles = torch.arange(self.num_roles, device=device)
+            self.cache.batch_select_indices(roles.repeat_interleave(len(prompts) // self.num_roles))
+        self.read(ids)
 
-    def step(self, ids: list[int]) -> None:
-        ids = torch.tensor(ids * self.num_roles, device=self.mask.device)[:, None]
-        self._forward(ids, self.position)
-        self.position = self.position + 1
-
-    def _forward(self, ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        self.length += ids.shape[1]
-        inputs = dict(input_ids=ids, position_ids=position_ids)
-        inputs |= dict(attention_mask=self.mask[:, : self.length], logits_to_keep=self.last)
-        with torch.no_grad():
-            out = self.model(**inputs, **{CACHE: self.cache}, use_cache=True)
-        self.logits = out.logits[:, -1].chunk(self.num_roles)  # (B, V) per role
+    def read(self, ids: torch.Tensor) -> None:
+        """Append tokens to every row or, in a common beginning, to the first row of every role."""
+        start, self.length = self.length, self.length + ids.shape[1]
+        rows = slice(None, None, len(self.mask) // len(ids))
+        inputs = dict(input_ids=ids, attention_mask=self.mask[rows, : self.length])
+        inputs |= dict(position_ids=self.position_ids[rows, start : self.length])
+        inputs |= {"logits_to_keep": self.last, "use_cache": True, CACHE: self.cache}
+        self.logits = self.model(**inputs).logits[:, -1].chunk(self.num_roles)  # (B, V) per role
 
     def select_rows(self, kept: list[int]) -> None:
-        batch = len(self.mask) // self.num_roles
-        # Row i of role r is row i + r * batch here.
-        index = [i + role * batch for role in range(self.num_roles) for i in kept]
-        index = torch.tensor(index, dtype=torch.long, device=self.mask.device)
-        self.mask, self.position = self.mask[index], self.position[index]
+        # Row i of role r is row i + r * B here.
+        rows = torch.arange(len(self.mask), device=self.mask.device).view(self.num_roles, -1)
+        index = rows[:, kept].flatten()
+        self.mask, self.position_ids = self.mask[index], self.position_ids[index]
         self.cache.batch_select_indices(index)
-
-
-def in_chunks(write: Callable, count: int, max_rows: int):
-    """join(write(rows) for slices of at most max_rows of `count`). Halves max_rows if memory ends.
-
-    The size of the chunks changes results by rounding only.
-    """
-    size = min(max_rows, count)
-    while True:
-        try:
-            return join([write(slice(i, i + size)) for i in range(0, count, size)])
-        except RuntimeError as error:
-            # (accelerate's find_executable_batch_size would collect garbage at every call.)
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-            size = (size + 1) // 2
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
@@ -159,39 +131,47 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return len(list(itertools.takewhile(lambda two: two[0] == two[1], pairs)))
 
 
-def prefix_first(ids: torch.Tensor, mask: torch.Tensor, shared: int):
-    """Left-padded (ids, mask) with the padding moved to behind the first `shared` tokens."""
-    padding = (mask == 0).sum(1, keepdim=True)  # (B, 1)
-    column = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, P)
-    source = torch.where(column < shared + padding, column - shared, column)
-    source = torch.where(column < shared, column + padding, source)
-    return ids.gather(1, source), mask.gather(1, source)
-
-
 class PreallocatedLayer(DynamicLayer):
-    """The key-value cache of one layer. DynamicLayer concatenates, and so copies, at every step."""
+    """The key-value cache of one layer. DynamicLayer concatenates, and so copies, at every step.
 
-    def __init__(self, capacity: int):
+    Its buffers have room for `rows` rows of `capacity` tokens; fewer rows may be in use.
+    """
+
+    def __init__(self, rows: int, capacity: int):
         super().__init__()
-        self.capacity, self.length = capacity, 0  # in tokens
+        self.rows, self.capacity = rows, capacity
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs):
         """Append keys and values, (B, heads, new, width), and return those of all tokens so far."""
-        if self.length == 0:
+        if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            sizes = [(*x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)]
-            self.buffers = [x.new_empty(size) for x, size in zip((keys, values), sizes)]
-        start, self.length = self.length, self.length + keys.shape[2]
+            sizes = [(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values)]
+            self.buffers = [keys.new_empty(size) for size in sizes]
+        rows, start = len(keys), self.get_seq_length()
+        end = start + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, start : self.length] = new
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+            buffer[:rows, :, start:end] = new
+        self.keys, self.values = (buffer[:rows, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for i, old in enumerate(self.buffers):
-            self.buffers[i] = old.new_empty(len(indices), *old.shape[1:])
-            self.buffers[i][:, :, : self.length] = old[indices, :, : self.length]
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        for buffer, old in zip(self.buffers, (self.keys, self.values)):
+            # The right-hand side is a copy, so rows may be written over.
+            buffer[: len(indices), :, : old.shape[2]] = old[indices]
+
+
+def in_chunks(write: Callable, count: int, max_rows: int):
+    """join(write(rows) for slices of at most max_rows of `count`). Halves max_rows if memory ends.
+
+    The size of the chunks changes results by rounding only.
+    """
+    try:
+        return join([write(slice(i, i + max_rows)) for i in range(0, count, max_rows)])
+    except RuntimeError as error:
+        # (accelerate's find_executable_batch_size would collect garbage at every call.)
+        if max_rows == 1 or not should_reduce_batch_size(error):
+            raise
+    return in_chunks(write, count, (min(max_rows, count) + 1) // 2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,37 +239,30 @@ def micro_batches(rollouts, weights: torch.Tensor, max_tokens: int, keep_all: bo
     are left out, unless keep_all says that the loss has another term (the KL penalty). The
     denominator of the loss is that of the whole batch, so it is fixed before this split.
     """
-    rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0]
-    # Sorted, because parts of similar length waste less on padding.
-    rows = rows[rollouts.completion_mask[rows].sum(1).argsort()]
+    rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0].cpu()
     prompts, completions = (
-        mask[rows].sum(1).tolist() for mask in (rollouts.prompt_mask, rollouts.completion_mask)
+        mask.sum(1).cpu() for mask in (rollouts.prompt_mask, rollouts.completion_mask)
     )
-    parts: list[list[int]] = []
-    widest = (0, 0)  # the longest prompt and completion of the part that is being filled
-    for row, *lengths in zip(rows.tolist(), prompts, completions):
-        wider = tuple(map(max, widest, lengths))
-        if parts and (len(parts[-1]) + 1) * sum(wider) <= max_tokens:
-            parts[-1].append(row)
-            widest = wider
-        else:
+    parts: list[list[int]] = [[]]
+    # Sorted, because parts of similar length waste less on padding.
+    for row in rows[completions[rows].argsort()].tolist():
+        wider = [*parts[-1], row]
+        num_tokens = len(wider) * (prompts[wider].max() + completions[wider].max())
+        if parts[-1] and num_tokens > max_tokens:
             parts.append([row])
-            widest = tuple(lengths)
-    selected = [(part, select(rollouts, part)) for part in parts]
+        else:
+            parts[-1] = wider
+    selected = [(part, select(rollouts, part)) for part in parts if part]
     return [(few, weights[part, : few.completion_ids.shape[1]]) for part, few in selected]
 
 
 def select(rollouts, rows: list[int]):
     """The rollouts `rows`, without the columns that are padding in all of them."""
     chosen = {"texts": [rollouts.texts[row] for row in rows]}
-    new = int(rollouts.completion_mask[rows].sum(1).max())
-    for name in ("completion_ids", "completion_mask", "senior_mask"):
-        chosen[name] = getattr(rollouts, name)[rows, :new]
-    for prefix in ("prompt", "junior_prompt"):
-        mask = getattr(rollouts, f"{prefix}_mask")[rows]
-        first = int(mask.any(0).long().argmax())
-        chosen[f"{prefix}_mask"] = mask[:, first:]
-        chosen[f"{prefix}_ids"] = getattr(rollouts, f"{prefix}_ids")[rows, first:]
+    for name in vars(rollouts).keys() - chosen:
+        mask = "completion_mask" if name == "senior_mask" else name.replace("ids", "mask")
+        columns = getattr(rollouts, mask)[rows].any(0)
+        chosen[name] = getattr(rollouts, name)[rows][:, columns]
     return replace(rollouts, **chosen)
 
 

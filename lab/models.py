@@ -18,7 +18,6 @@ import os
 import re
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lab import engine, runs
+from lab import engine
 from lab import problems as tasks
 from rollout import Pair
 
@@ -44,50 +43,45 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 # Before loading
 
 
+# What a run asks its models depends on these flags alone.
+ASKED = "senior_language junior_language seed validation updates batch eval_problems".split()
+ASKED += ["rollouts_per_prompt", "specialist_steps"]
+
+
 def check_before_loading(todo: list[Namespace]) -> None:
     """Everything about models and problems that can be checked without loading a model.
 
     Sets `base` and `junior_base` in the flags of every run: which weights these are, for
     config.json and --resume. Raises ValueError or OSError that names what is wrong.
     """
-    args, seen = todo[0], set()
-    names = [checkpoint(name) for name in (args.senior, args.junior)]
+    names = [checkpoint(name) for name in (todo[0].senior, todo[0].junior)]
     tokenizers, contexts, vocab_size = load_tokenizers(*names)
     identities = [identity(name) for name in names]
     for run in todo:
         run.base, run.junior_base = identities
         run.bfloat16 = run.device != "cpu" if run.bfloat16 is None else run.bfloat16
-        asked = (run.senior_language, run.junior_language, run.seed, run.validation)
-        asked += (run.updates, run.batch, run.eval_problems, run.specialist_steps)
-        if asked in seen:
-            continue  # runs that differ in other flags have the same prompts
-        seen.add(asked)
+    pair = Pair(None, None, *tokenizers, [], [])
+    for run in {tuple(vars(run)[flag] for flag in ASKED): run for run in todo}.values():
         problems = [problem for of_split in tasks.load_problems(run) for problem in of_split]
-        questions = [problem.question for problem in problems]
-        prompts = tasks.prompts_of_pair(problems, run, Pair(None, None, *tokenizers, [], []))
-        new = run.max_new_tokens
-        for name, context, (tokenizer, texts) in zip(names, contexts, prompts):
-            check_texts(name, tokenizer, zip(questions, texts), vocab_size, context, new)
+        prompts = tasks.prompts_of_pair(problems, run, pair)
+        for name, context, asked in zip(names, contexts, prompts):
+            check_texts(name, *asked, vocab_size, context - run.max_new_tokens)
         taught = tasks.annotated_solutions(run)[: run.specialist_steps * run.specialist_batch]
-        texts = [(prompt, f"{prompt} {solution}") for prompt, solution in taught]
+        texts = [f"{prompt} {solution}" for prompt, solution in taught]
         # Every solution is followed by an end token.
-        check_texts(names[0], tokenizers[0], texts, vocab_size, contexts[0], 1)
+        check_texts(names[0], tokenizers[0], texts, vocab_size, contexts[0] - 1)
 
 
-def check_texts(name: str, tokenizer, texts: Iterable, vocab_size: int, context: float, new: int):
-    """Raises ValueError unless a model can read every text and write `new` tokens after it.
-
-    texts: (the problem that an error names, text).
-    """
-    all_known = len(tokenizer) <= vocab_size
-    for problem, text in texts:
+def check_texts(name: str, tokenizer, texts: list[str], vocab_size: int, longest: float) -> None:
+    """Raises ValueError unless every text has at most `longest` tokens, all below vocab_size."""
+    if len(tokenizer) <= vocab_size:
         # A text has at most as many tokens as bytes, but for a few special ones. So hardly any text
         # needs to be tokenized here.
-        if all_known and len(text.encode()) + 8 + new <= context:
-            continue
-        (ids,), where = encode(tokenizer, [text]), f"{name} for {problem[:60]!r}"
-        if len(ids) + new > context:
-            reason = f"{len(ids)} tokens and {new} to be written exceed its context of {context}"
+        texts = [text for text in texts if len(text.encode()) + 8 > longest]
+    for text in texts:
+        (ids,), where = encode(tokenizer, [text]), f"{name} for {text[-60:]!r}"
+        if len(ids) > longest:
+            reason = f"{len(ids)} tokens exceed the {longest} for which its context has room"
             raise ValueError(f"{where}: {reason}: shorten this, or lower --max-new-tokens")
         if max(ids) >= vocab_size:
             token = tokenizer.convert_ids_to_tokens(max(ids))
@@ -106,18 +100,13 @@ def identity(name: str | Path = TINY) -> str:
     """A readable name of a checkpoint that changes with its weights.
 
     Of a folder: its name and a checksum of its configurations and weights, which training changes
-    everywhere, so that parts of them suffice. Of a hub id: its commit. A base of lab/tiny.py that
-    nobody has trained since is named by what it was made from.
+    everywhere, so that parts of them suffice. Of a hub id: its commit.
     """
     folder = Path(name).resolve()
     if not folder.is_dir():
         config = transformers.utils.cached_file(str(name), "config.json")
         return f"{folder.name}-{Path(config).parent.name[:8]}"  # .../snapshots/COMMIT/config.json
-    note = folder / "made.json"
-    made = runs.read_back(note, checksum=str) if note.is_file() else {}
-    if "weights" in made and made["weights"] == checksum([folder / "model.safetensors"]):
-        return f"tiny-{made['checksum'][:12]}"
-    kinds = ("*.json", "*.safetensors", "*.bin")
+    kinds = ("*config.json", "tokenizer.json", "*.safetensors", "*.bin")
     files = [path for kind in kinds for path in sorted(folder.glob(kind))]
     return f"{folder.name}-{checksum(files)[:8]}"
 
@@ -145,10 +134,10 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
     # Within a family, logits may be padded to different widths. Both are cut to the smaller.
     vocab_size = min(config.vocab_size for config in configs)
     one, other = (
-        {token: i for token, i in tokenizer.get_vocab().items() if i < vocab_size}
+        {item for item in tokenizer.get_vocab().items() if item[1] < vocab_size}
         for tokenizer in tokenizers
     )
-    if differ := len(one.items() ^ other.items()):
+    if differ := len(one ^ other):
         sizes = f"{len(tokenizers[0])} and {len(tokenizers[1])} tokens, and {differ} entries differ"
         raise ValueError(f"{' and '.join(names)} must share one tokenizer, but have {sizes}")
     for name, tokenizer in zip(names, tokenizers):
@@ -167,10 +156,7 @@ def load_pair(args: Namespace) -> Pair:
 
     Raises ValueError for a missing, incomplete or unsupported checkpoint.
     """
-    return make_pair(checkpoint(args.senior), checkpoint(args.junior), args)
-
-
-def make_pair(senior: str, junior: str, args: Namespace) -> Pair:
+    senior, junior = checkpoint(args.senior), checkpoint(args.junior)
     tokenizers, _, vocab_size = load_tokenizers(senior, junior)
     base = load_model(senior, args)
     other = base if senior == junior else load_model(junior, args)
@@ -197,13 +183,19 @@ def make_pair(senior: str, junior: str, args: Namespace) -> Pair:
     return pair
 
 
+def loading_options(dtype: torch.dtype, device: str, four_bit: bool) -> dict:
+    """Arguments of from_pretrained; with four_bit, linear layers have NF4 weights."""
+    options = {"dtype": dtype, "device_map": {"": device}}
+    if four_bit:
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    return options
+
+
 def load_model(name: str, args: Namespace):
     """One frozen causal language model in bfloat16 or float32, with NF4 weights if --four-bit."""
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    options = {"dtype": dtype, "device_map": {"": args.device}}
-    if args.four_bit:
-        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    options = loading_options(dtype, args.device, args.four_bit)
     if (Path(name) / "generation_config.json").is_file():
         # transformers would go on without the end tokens of a file that it cannot read.
         load(transformers.GenerationConfig, name)
@@ -241,45 +233,41 @@ def cut_logits(model, vocab_size: int) -> None:
 def check_decoding(pair: Pair) -> None:
     """Raises ValueError unless lab/engine.py agrees with plain forward passes of the pair.
 
-    The comparison is made under a random adapter. In bfloat16 an unlucky one amplifies rounding, so
-    three are tried, and most of them must agree.
+    Architectures that scale or cap their logits after the output layer do not, nor do those that
+    decode otherwise with a cache. The comparison is made under a random adapter. An unlucky one
+    amplifies the rounding of bfloat16, so the median of three counts.
     """
-    in_float32 = pair.senior.dtype == torch.float32
-    tolerance, num_adapters = (1e-3, 1) if in_float32 else (0.1, 3)
-    compared = [compare_with_plain_passes(pair, seed) for seed in range(num_adapters)]
-    for fault, distance in zip(FAULTS, torch.tensor(compared).median(0).values):
-        if not distance < tolerance:  # it may be nan
-            raise ValueError(f"it {fault}: total variation distance {distance:.2g}")
-
-
-FAULTS = "scales or caps its logits after the output layer", "decodes otherwise with a cache"
+    distances = [compare_with_plain_passes(pair, seed) for seed in range(3)]
+    distance = torch.tensor(distances).median()
+    if not distance < (1e-3 if pair.senior.dtype == torch.float32 else 0.1):  # it may be nan
+        differs = "it does not compute what a forward pass without cache and padding does"
+        raise ValueError(f"{differs}: total variation distance {distance:.2g}")
 
 
 @torch.no_grad()
-def compare_with_plain_passes(pair: Pair, seed: int) -> list[float]:
-    """The distance between our numbers and those of a plain pass, for each of FAULTS.
+def compare_with_plain_passes(pair: Pair, seed: int) -> float:
+    """The largest total variation distance between our distributions and those of plain passes.
 
-    Compared are the output layer on top of the hidden states, and one left-padded, cached step of
-    both models. A fresh adapter does nothing, so here it gets random weights.
+    Compared are one left-padded, cached step of both models, and the output layer on top of the
+    senior's hidden states. A fresh adapter does nothing, so here it gets random weights.
     """
-    prompts, written, device = [[1, 2, 3, 4, 5], [3, 2, 1]], [6, 5], pair.senior.device
+    prompts_by_role = [[1, 2, 3, 4, 5], [3, 2, 1]], [[4, 2], [6, 5, 3, 1]]
     reset_adapter(pair.senior, seed)
     for layer in lora_layers(pair.senior):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    decoder = engine.Decoder(pair, prompts, prompts, 1, 0.5, device)
-    decoder.step(written)
-    texts = [torch.tensor([[*row, token]], device=device) for row, token in zip(prompts, written)]
-    plain = [model(input_ids=ids).logits for model in (pair.senior, pair.junior) for ids in texts]
-    base = pair.senior.get_base_model()
-    states = [base.base_model(input_ids=ids)[0] for ids in texts]
-    scored = [base.get_output_embeddings()(state) for state in states]
+    decoder = engine.Decoder(pair, *prompts_by_role, 1, 0.5, pair.senior.device)
+    decoder.step([6, 6])
+    theirs = []
+    for model, prompts in zip((pair.senior, pair.junior), prompts_by_role):
+        for prompt in prompts:
+            ids = torch.tensor([[*prompt, 6]], device=pair.senior.device)
+            theirs.append(model(input_ids=ids).logits[:, -1])
+    base, ids = pair.senior.get_base_model(), torch.tensor([[3, 2, 1, 6]], device=ids.device)
+    scored = base.get_output_embeddings()(base.base_model(input_ids=ids)[0][:, -1])
     reset_adapter(pair.senior, seed)
-    plain, scored = (torch.cat([x[:, -1] for x in logits]) for logits in (plain, scored))
-    distances = []
-    for ours, theirs in ((scored, plain[:2]), (torch.cat(decoder.logits), plain)):  # (rows, V) each
-        difference = ours.float().softmax(-1) - theirs.float().softmax(-1)
-        distances.append(difference.abs().sum(-1).max().item() / 2)
-    return distances
+    ours, theirs = torch.cat([*decoder.logits, scored]), torch.cat([*theirs, theirs[1]])  # (5, V)
+    difference = ours.float().softmax(-1) - theirs.float().softmax(-1)
+    return difference.abs().sum(-1).max().item() / 2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,23 +340,18 @@ class SharedJunior:
     """
 
     def __init__(self, senior: PeftModel):
-        self.senior, self.adapted_fraction = senior, 1.0
+        self.base, self.adapted_fraction = senior.get_base_model(), 1.0
         for layer in lora_layers(senior):
             layer.forward = partial(self._layer_forward, layer, layer.forward)
+        # The two parts of the junior that engine.completion_logprobs runs.
+        self.base_model = partial(self._run, self.base.base_model, 0.0)
+        self.get_output_embeddings = self.base.get_output_embeddings
+        # One pass for both: the first half of the rows is the senior's, the rest the junior's.
+        self.beside_senior = partial(self._run, self.base, 0.5)
 
-    def _layer_forward(self, layer, peft_forward, x: torch.Tensor, *args, **kwargs):
-        """W x for all rows; + scaling * B A x for the leading rows, which are the senior's."""
-        if self.adapted_fraction == 1:
-            return peft_forward(x, *args, **kwargs)
-        if x.dim() != 3:
-            # Layers of experts flatten batch and sequence, so that there are no leading rows.
-            raise ValueError(f"layers with inputs of shape {tuple(x.shape)} are not supported")
-        out = layer.base_layer(x, *args, **kwargs)
-        rows = x[: int(self.adapted_fraction * len(x))]
-        if len(rows):
-            down, up = layer.lora_A["default"], layer.lora_B["default"]
-            out[: len(rows)] += up(down(rows.to(down.weight.dtype))) * layer.scaling["default"]
-        return out
+    def __call__(self, **inputs):
+        """The junior alone: the adapter applies to no row."""
+        return self._run(self.base, 0.0, **inputs)
 
     def _run(self, model, adapted_fraction: float, **inputs):
         self.adapted_fraction = adapted_fraction
@@ -377,20 +360,15 @@ class SharedJunior:
         finally:
             self.adapted_fraction = 1.0
 
-    def __call__(self, **inputs):
-        """The junior alone: the adapter applies to no row."""
-        return self._run(self.senior.get_base_model(), 0.0, **inputs)
-
-    def base_model(self, **inputs):
-        """The junior below its output layer, as engine.completion_logprobs needs it."""
-        return self._run(self.senior.get_base_model().base_model, 0.0, **inputs)
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.senior.get_base_model().get_output_embeddings()
-
-    def beside_senior(self, **inputs):
-        """One pass for both: the first half of the rows is the senior's, the rest the junior's."""
-        return self._run(self.senior.get_base_model(), 0.5, **inputs)
+    def _layer_forward(self, layer, peft_forward, x: torch.Tensor, *args, **kwargs):
+        """W x for all rows; + scaling * B A x for the leading rows, which are the senior's."""
+        if self.adapted_fraction == 1:
+            return peft_forward(x, *args, **kwargs)
+        out, rows = layer.base_layer(x, *args, **kwargs), x[: int(self.adapted_fraction * len(x))]
+        if len(rows):
+            down, up = layer.lora_A["default"], layer.lora_B["default"]
+            out[: len(rows)] += up(down(rows.to(down.weight.dtype))) * layer.scaling["default"]
+        return out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -63,13 +63,10 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
     "answer"), or else a hub id such as openai/gsm8k. Raises ValueError for a malformed row, naming
     its line, and FileNotFoundError if there is nothing to read.
     """
-    folder = Path(source).expanduser()
-    path, remedy = folder / f"{split}.jsonl", "give a folder that holds train.jsonl and test.jsonl"
+    path = Path(source).expanduser().absolute() / f"{split}.jsonl"
     if path.is_file():
         # Lines of bytes: text that is not UTF-8 is reported with its line.
         rows, where = path.read_bytes().split(b"\n"), f"{path}, line"
-    elif folder.exists() or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{path} is not there: {remedy}")
     else:
         try:
             # Imported here because it takes a second and generated problems do not need it.
@@ -78,7 +75,8 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
             of_split, where = load_dataset(source, "main", split=split), f"{source}, {split}, row"
         except Exception as error:
             # The hub fails in many ways, all with the same remedy.
-            tried = f"there is no folder {folder.absolute()}, and the hub fails ({error!r:.100})"
+            tried = f"{path} is not there, and the hub has no {source} ({error!r:.100})"
+            remedy = "give a folder that holds train.jsonl and test.jsonl"
             raise FileNotFoundError(f"{tried}: {remedy}") from error
         rows = [json.dumps(row).encode() for row in of_split]
     return [_parse(row, f"{where} {i}") for i, row in enumerate(rows, 1) if row.strip()]
@@ -240,17 +238,15 @@ PLAIN_EVERY = 25
 
 def annotated_solutions(args: Namespace) -> list[tuple[str, str]]:
     """The (prompt, solution) texts that a specialist learns from."""
-    generated = args.problems == GENERATED
-    language = args.senior_language if generated else "en"  # GSM8K has English solutions only
-    if generated:
+    if args.problems == GENERATED:
         # Far from the seeds of the training problems, so that it does not know their solutions.
-        n = args.specialist_steps * args.specialist_batch
+        n, language = args.specialist_steps * args.specialist_batch, args.senior_language
         train = generate(n, "train", args.seed + 10**6)
     else:
-        train = training_problems(args)
+        train, language = training_problems(args), "en"  # GSM8K has English solutions only
         random.Random(args.seed).shuffle(train)
     texts = [(prompt(p.question, language), p.solutions[language]) for p in train]
-    if generated:
+    if args.problems == GENERATED:
         texts[::PLAIN_EVERY] = [(asked, plain(text)) for asked, text in texts[::PLAIN_EVERY]]
     return texts
 

@@ -6,12 +6,12 @@ with <<48/2=24>>. Fine-tuning is maximum likelihood: the loss of reinforce.py wi
 and temperature 1, as if the model had written each solution itself and been right.
 
 All runs of a seed that share the senior's language start from the same specialist, so it is made
-once and kept in OUT/specialist/. The same loop pretrains the tiny base (lab/tiny.py).
+once and kept in OUT/specialist/. Fine-tuning that is killed begins anew, and ends the same. The
+same loop pretrains the tiny base (lab/tiny.py).
 """
 
 import hashlib
 import random
-import time
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,10 +24,9 @@ from lab import problems as tasks
 from reinforce import loss
 from rollout import Pair, Rollouts
 
-# The flags that decide what a specialist is, besides the seed and the senior's language.
+# The flags that decide what a specialist is, besides its texts, seed and language.
 FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "bfloat16", "rank")
 FLAGS += ("problems", "base")
-SECONDS_BETWEEN_DRAFTS = 60
 
 
 def make_specialist(args: Namespace, pair: Pair) -> None:
@@ -35,6 +34,10 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
     models.reset_adapter(pair.senior, args.seed)
     if args.specialist_steps == 0:
         return
+    texts = tasks.annotated_solutions(args)
+    # A specialist that was taught other texts, because a flag or this file changed, is made anew.
+    checksum = hashlib.sha256(repr(texts).encode()).hexdigest()
+    made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum}
     # With `validation`, a tenth of GSM8K is kept out of the specialist's training too.
     of_gsm8k = "en-validation" if args.validation else "en"
     name = args.senior_language if args.problems == tasks.GENERATED else of_gsm8k
@@ -43,62 +46,31 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side may need the same one: the first makes it, and the others wait.
     with FileLock(path.with_name(".lock")):
-        load_or_fine_tune(args, pair, path)
+        kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
+        if kept and kept["flags"] == made_from:
+            runs.load_adapter(pair.senior, kept["adapter"], path)
+            return
+        options = dict(steps=args.specialist_steps, batch=args.specialist_batch, seed=args.seed)
+        options |= dict(lr=args.specialist_lr, micro_tokens=args.micro_tokens)
+        options |= dict(label=f"specialist {name} seed {args.seed}")
+        fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
+        state = {"flags": made_from, "adapter": runs.adapter_state(pair.senior)}
+        runs.save_tensors(state, path)
 
 
-def load_or_fine_tune(args: Namespace, pair: Pair, path: Path) -> None:
-    """Load the specialist kept at `path`, or make it and keep it there."""
-    texts = tasks.annotated_solutions(args)
-    # A specialist that was taught other texts, because a flag or this file changed, is made anew.
-    checksum = hashlib.sha256(repr(texts).encode()).hexdigest()
-    made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum}
-    kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
-    if kept and kept["flags"] == made_from:
-        runs.load_adapter(pair.senior, kept["adapter"], path)
-        return
-    options = dict(steps=args.specialist_steps, batch=args.specialist_batch, seed=args.seed)
-    options |= dict(lr=args.specialist_lr, micro_tokens=args.micro_tokens)
-    draft, label = path.with_name("draft.pt"), f"specialist {path.parts[-3]} seed {args.seed}"
-    options |= dict(label=label, draft=draft, work=made_from)
-    fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
-    runs.save_tensors({"flags": made_from, "adapter": runs.adapter_state(pair.senior)}, path)
-    draft.unlink(missing_ok=True)
-
-
-def fine_tune(
-    model,
-    tokenizer,
-    texts: list[tuple[str, str]],
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    micro_tokens: int,
-    label: str,
-    draft: Path | None = None,
-    work: dict | None = None,
-) -> None:
+def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, label) -> None:
     """Maximum likelihood of solutions given prompts, for the trainable parameters of `model`.
 
-    texts: (prompt, solution) pairs, gone through in batches of similar length, again and again.
+    texts: (prompt, solution) pairs, gone through in batches of similar length, again and again,
+    with micro_tokens tokens per forward pass. label: what the line of progress calls it.
     AdamW; the learning rate warms up over 30 steps and falls linearly to 0 over the last 40 %.
-    draft: where the adapter is kept every minute, so that an interruption loses little work. A
-    draft of the same `work` is continued, any other one is written over.
     """
     examples = encode_examples(tokenizer, texts[: steps * batch])
     parameters = models.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     optimizer.zero_grad()
-    first, saved = load_draft(draft, work, model, optimizer), time.time()
     batches = endless_batches(examples, batch, random.Random(seed))
     for step, of_step in zip(terminal.progress(range(steps), label, unit="step"), batches):
-        if step < first:
-            continue
-        if draft and time.time() - saved > SECONDS_BETWEEN_DRAFTS:
-            state = {"adapter": runs.adapter_state(model), "optimizer": optimizer.state_dict()}
-            runs.save_tensors({"step": step, "work": work} | state, draft)
-            saved = time.time()
         worked = as_rollouts(of_step, model.device)
         weights, num_tokens = worked.completion_mask.float(), worked.completion_mask.sum()
         for few, few_weights in engine.micro_batches(worked, weights, micro_tokens):
@@ -109,17 +81,6 @@ def fine_tune(
         optimizer.param_groups[0]["lr"] = lr * scale
         optimizer.step()
         optimizer.zero_grad()
-
-
-def load_draft(draft: Path | None, work: dict | None, model, optimizer) -> int:
-    """Continue an interrupted fine_tune of the same work. Returns the step to begin with."""
-    parts = dict(step=int, work=dict, adapter=dict, optimizer=dict)
-    kept = runs.read_back(draft, **parts) if draft and draft.is_file() else None
-    if not kept or kept["work"] != work:
-        return 0
-    runs.load_adapter(model, kept["adapter"], draft)
-    optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"]
 
 
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

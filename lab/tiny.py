@@ -26,7 +26,6 @@ import hashlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -54,8 +53,8 @@ SUM = re.compile(r"<<([^=]*)=([0-9]+)>>")  # "<<12-5=7>>" gives ("12-5", "7")
 def checksum(texts: list[tuple[str, str]]) -> str:
     """SHA-256 of the pretraining corpus and the constants of training.
 
-    It names a base by what it was made from, so that editing a comment changes nothing. The weights
-    themselves differ between machines by rounding.
+    It says what a base was made from, so editing a comment changes nothing. The weights themselves
+    differ between machines by rounding.
     """
     constants = {"steps": STEPS, "batch": BATCH, "lr": LR, **ARCHITECTURE}
     return hashlib.sha256(json.dumps([constants, texts]).encode()).hexdigest()
@@ -74,9 +73,9 @@ def make(folder: Path | str, annotated: float = ANNOTATED) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = models.checksum([Path(folder) / "model.safetensors"])
-    note = {"checksum": checksum(texts), "weights": weights}
-    note |= {"command": " ".join(["python -m lab.tiny", *sys.argv[1:]]), **describe_machine("cpu")}
-    (Path(folder) / "made.json").write_text(json.dumps(note, indent=2) + "\n")
+    note = {"annotated": annotated, "checksum": checksum(texts), "weights": weights}
+    note = json.dumps(note | describe_machine("cpu"), indent=2)
+    (Path(folder) / "made.json").write_text(f"{note}\n")
 
 
 def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
@@ -103,7 +102,8 @@ def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
         if rng.random() < SKIPS:
             lines = skip_last_step(lines)
         solution = "\n".join(lines)
-        solution = solution if rng.random() < annotated else plain(solution)
+        if rng.random() >= annotated:
+            solution = plain(solution)
         texts.append((prompt(problem.question, language), solution))
     return texts
 
@@ -134,9 +134,8 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the tiny base, or another one of its kind.")
-    parser.add_argument("folder", nargs="?", type=Path, default=models.TINY, help="where to write")
+    parser.add_argument("folder", nargs="?", default=models.TINY, help="where to write")
     share = dict(type=number(float, 0, 1), default=ANNOTATED)
     parser.add_argument("--annotated", help="share of solutions with <<...>>", **share)
     args = parser.parse_args()
     make(args.folder, args.annotated)
-    print(f"{args.folder} holds {models.identity(args.folder)}")

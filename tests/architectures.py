@@ -3,7 +3,7 @@
 For each model type of transformers, a tiny checkpoint with random weights is saved and loaded as a
 pair on one base. It is *right* if every token of a batch of joint rollouts is what its author
 samples after a plain forward pass, and the loss has the gradient of plain_logprobs. It is *refused*
-if make_pair raises ValueError. Anything else is an error. results/architectures.txt has the table.
+if load_pair raises ValueError. Anything else is an error. results/architectures.txt has the table.
 """
 
 # ruff: noqa: I001  the order of the imports matters
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lab.engine import micro_batches
 from lab.experiments import DEFAULTS
-from lab.models import encode, lora_layers, make_pair, trainable_parameters
+from lab.models import encode, lora_layers, load_pair, trainable_parameters
 from reinforce import loss, plain_logprobs, token_weights
 from rollout import reference_rollout, random_numbers, rollout
 
@@ -60,8 +60,8 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     with tempfile.TemporaryDirectory() as folder:
         save_tiny(kind, tokenizer, folder)
         try:
-            flags = DEFAULTS | {"device": "cpu", "rank": 4, "bfloat16": False}
-            pair = make_pair(folder, folder, Namespace(**flags))
+            flags = {"senior": folder, "junior": folder, "device": "cpu", "bfloat16": False}
+            pair = load_pair(Namespace(**DEFAULTS | flags))
         except ValueError as error:
             return f"refused: {str(error).replace(folder, kind)}"
     for layer in lora_layers(pair.senior):

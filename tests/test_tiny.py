@@ -3,28 +3,22 @@
 import hashlib
 import json
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import models, problems, tiny
-from lab.runs import Refused
 
 
-def test_constants_and_shipped_weights_belong_together(tmp_path, monkeypatch):
+def test_constants_and_shipped_weights_belong_together(monkeypatch):
     """Fails after a change to a constant, the corpus or the weights: `python -m lab.tiny FOLDER`
     makes another base, `python -m lab.tiny` replaces the shipped one."""
     note = json.loads((models.TINY / "made.json").read_text())
     weights = hashlib.sha256((models.TINY / "model.safetensors").read_bytes()).hexdigest()
     assert note["checksum"] == tiny.checksum(tiny.corpus(tiny.STEPS * tiny.BATCH))
     assert note["weights"] == weights
-    assert models.identity() == f"tiny-{note['checksum'][:12]}"
     before = tiny.checksum([])
     monkeypatch.setattr(tiny, "STEPS", 1)
     assert tiny.checksum([]) != before
-    (tmp_path / "made.json").write_text("{")
-    with pytest.raises(Refused, match="made.json cannot be used"):
-        models.identity(tmp_path)
 
 
 def test_the_base_solves_some_problems_in_the_language_of_its_cue():
