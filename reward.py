@@ -27,10 +27,11 @@ import re
 
 # Digits with separators between them: comma, point or no-break space. [0-9], because \d would also
 # match the digits of other scripts. A minus directly after a digit, a closing bracket or a point is
-# a subtraction or a range, not a sign. The sign may also follow the currency: $-5.
+# a subtraction or a range, not a sign. The sign may also follow the currency: $-5. A point after a
+# word or a point, as in "Rs.500", is no decimal point.
 NUMBER = re.compile(
     r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212])?)?"
-    r"([0-9]+(?:[.,\u00a0\u202f][0-9]+)*|\.[0-9]+)"
+    r"([0-9]+(?:[.,\u00a0\u202f][0-9]+)*|(?<![A-Za-z]{2})(?<!\.)\.[0-9]+)"
 )
 # Thousands in groups of three (not 0,125), or plain digits; then perhaps a decimal part.
 ENGLISH = re.compile(r"([1-9][0-9]{0,2}(?:[,\s][0-9]{3})+|[0-9]*)(?:\.([0-9]+))?")

@@ -87,32 +87,49 @@ class CachedModel:
     def __init__(self, model, prompts_by_role: list[list[list[int]]], max_new_tokens: int, device):
         self.model, self.num_roles, self.length = model, len(prompts_by_role), 0
         prompts = [prompt for of_role in prompts_by_role for prompt in of_role]  # num_roles * B
-        shared = min(map(common_prefix, prompts_by_role))
-        shared = shared if shared >= MIN_SHARED else 0
-        ids, mask = pad([prompt[shared:] for prompt in prompts], "left", device)
-        ones = mask.new_ones(len(prompts), shared + max_new_tokens)
-        # Padding lies between the common beginning of the prompts and the rest of each.
-        self.mask = torch.cat([ones[:, :shared], mask, ones[:, shared:]], 1)
-        # It does not count as a position: a row must not depend on the longest prompt.
+        ids, mask = pad(prompts, "left", device)  # (num_roles * B, P)
+        self.mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
+        # Padding does not count as a position: a row must not depend on the longest prompt.
         self.position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, *self.mask.shape))
         # Only the logits at the last position are needed. With an integer instead of a tensor,
         # the models would take a slice for which PyTorch copies the output layer once per row.
         self.last = torch.tensor([-1], device=device)
-        if shared:
-            # The beginning is read once per role, and its keys and values are copied to all rows.
-            beginnings = [of_role[0][:shared] for of_role in prompts_by_role]
-            self.read(torch.tensor(beginnings, device=device))
-            roles = torch.arange(self.num_roles, device=device)
-            self.cache.batch_select_indices(roles.repeat_interleave(len(prompts) // self.num_roles))
+        shared = min(map(common_prefix, prompts_by_role))
+        if shared >= MIN_SHARED:
+            self.read_beginnings([of_role[0][:shared] for of_role in prompts_by_role], mask)
+        self.read(ids[:, self.length :])
+
+    def read_beginnings(self, beginnings: list[list[int]], mask: torch.Tensor) -> None:
+        """Read the common beginning of the prompts once per role, and copy its keys and values.
+
+        They go behind the padding of each row. (In front of it, padding would count as distance in
+        models with a sliding window.) mask: (num_roles * B, P), that of the prompts.
+        """
+        whole, (ids, self.mask) = (
+            (self.mask, self.position_ids),
+            pad(beginnings, "left", mask.device),
+        )
+        self.position_ids = self.mask.cumsum(1) - 1
         self.read(ids)
+        self.mask, self.position_ids = whole
+        roles = torch.arange(self.num_roles, device=mask.device)
+        self.cache.batch_select_indices(roles.repeat_interleave(len(mask) // self.num_roles))
+        # Column c of a row with k columns of padding holds token c - k.
+        columns = torch.arange(self.length, device=mask.device)
+        source = (columns - (mask == 0).sum(1, keepdim=True)).clamp(
+            min=0
+        )  # (num_roles * B, length)
+        for layer in self.cache.layers:
+            for buffer in layer.buffers:
+                x = buffer[:, :, : self.length]  # (num_roles * B, heads, length, width)
+                x.copy_(x.take_along_dim(source[:, None, :, None], 2))
 
     def read(self, ids: torch.Tensor) -> None:
-        """Append tokens to every row or, in a common beginning, to the first row of every role."""
+        """Append tokens to every row."""
         start, self.length = self.length, self.length + ids.shape[1]
-        rows = slice(None, None, len(self.mask) // len(ids))
-        inputs = dict(input_ids=ids, attention_mask=self.mask[rows, : self.length])
-        inputs |= dict(position_ids=self.position_ids[rows, start : self.length])
+        inputs = dict(input_ids=ids, attention_mask=self.mask[:, : self.length])
+        inputs |= dict(position_ids=self.position_ids[:, start : self.length])
         inputs |= {"logits_to_keep": self.last, "use_cache": True, CACHE: self.cache}
         self.logits = self.model(**inputs).logits[:, -1].chunk(self.num_roles)  # (B, V) per role
 

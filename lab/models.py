@@ -130,7 +130,9 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
     """
     tokenizers = [load(AutoTokenizer, name) for name in names]
     configs = [load(AutoConfig, name).get_text_config() for name in names]
-    contexts = [getattr(config, "max_position_embeddings", None) or math.inf for config in configs]
+    # Beyond the second limit, some models rotate all positions anew, which a cache would miss.
+    limits = ("max_position_embeddings", "original_max_position_embeddings")
+    contexts = [min(getattr(c, limit, None) or math.inf for limit in limits) for c in configs]
     # Within a family, logits may be padded to different widths. Both are cut to the smaller.
     vocab_size = min(config.vocab_size for config in configs)
     one, other = (
@@ -377,10 +379,12 @@ class SharedJunior:
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Prompts as token ids, which the tokenizer may begin, but not end, with tokens of its own."""
-    # A chat template has already written the start token; it must not be added twice.
-    has_start = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    encoded = tokenizer(texts, add_special_tokens=not has_start, return_special_tokens_mask=True)
+    encoded = tokenizer(texts, return_special_tokens_mask=True)
     for ids, is_added in zip(encoded.input_ids, encoded.special_tokens_mask):
+        start = is_added.index(0)
+        if ids[:start] == ids[start : 2 * start]:
+            # A chat template has already written the start tokens.
+            del ids[:start]
         # Some tokenizers append an end token, after which nothing would be written.
         while is_added.pop():
             ids.pop()

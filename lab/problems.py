@@ -78,7 +78,7 @@ def load_gsm8k(source: str, split: str) -> list[Problem]:
             tried = f"{path} is not there, and the hub has no {source} ({error!r:.100})"
             remedy = "give a folder that holds train.jsonl and test.jsonl"
             raise FileNotFoundError(f"{tried}: {remedy}") from error
-        rows = [json.dumps(row).encode() for row in of_split]
+        rows = [json.dumps(row, default=str).encode() for row in of_split]
     return [_parse(row, f"{where} {i}") for i, row in enumerate(rows, 1) if row.strip()]
 
 
