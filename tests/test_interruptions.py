@@ -1,4 +1,4 @@
-"""Interrupted runs, and folders that cannot be used: the right result, or one message with a remedy.
+"""Interrupted runs, and folders that cannot be used: the right result, or one message.
 
 Kills at random moments are in tests/kill.py, bad command lines and files in tests/bad_input.py.
 """
