@@ -106,20 +106,16 @@ class CachedModel:
         They go behind the padding of each row. (In front of it, padding would count as distance in
         models with a sliding window.) mask: (num_roles * B, P), that of the prompts.
         """
-        whole, (ids, self.mask) = (
-            (self.mask, self.position_ids),
-            pad(beginnings, "left", mask.device),
-        )
+        of_prompts, device = (self.mask, self.position_ids), mask.device
+        ids, self.mask = pad(beginnings, "left", device)
         self.position_ids = self.mask.cumsum(1) - 1
         self.read(ids)
-        self.mask, self.position_ids = whole
-        roles = torch.arange(self.num_roles, device=mask.device)
+        self.mask, self.position_ids = of_prompts
+        roles = torch.arange(self.num_roles, device=device)
         self.cache.batch_select_indices(roles.repeat_interleave(len(mask) // self.num_roles))
         # Column c of a row with k columns of padding holds token c - k.
-        columns = torch.arange(self.length, device=mask.device)
-        source = (columns - (mask == 0).sum(1, keepdim=True)).clamp(
-            min=0
-        )  # (num_roles * B, length)
+        padding = (mask == 0).sum(1, keepdim=True)  # (num_roles * B, 1)
+        source = (torch.arange(self.length, device=device) - padding).clamp(min=0)
         for layer in self.cache.layers:
             for buffer in layer.buffers:
                 x = buffer[:, :, : self.length]  # (num_roles * B, heads, length, width)

@@ -28,17 +28,12 @@ def name(text: str) -> str:
     return text
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def available_devices() -> list[str]:
     """The devices on which models can run here: "cpu", and perhaps "cuda", "cuda:0" and so on."""
     devices = ["cpu"]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
-        count = torch.accelerator.device_count()
-        devices += [kind, *(f"{kind}:{i}" for i in range(count))]
+        devices += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     return devices
 
 
@@ -48,19 +43,17 @@ def read_runs_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> lis
     Every run also knows the flags that are not its own: setting, preset, arms, seeds, jobs.
     """
     given = vars(parser.parse_args(argv))
-    defaults = {"preset": "tiny", "seeds": 1, "out": "runs", "resume": False}
-    given = defaults | {"device": default_device(), "arms": arms_of(given["setting"])} | given
-    arms, known = given["arms"], arms_of(given["setting"])
-    wrong = sorted(set(arms) - set(known))
-    if wrong or len(set(arms)) < len(arms):
+    known = arms_of(given["setting"])
+    defaults = {"preset": "tiny", "seeds": 1, "arms": known, "out": "runs", "resume": False}
+    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    given = defaults | given
+    arms, on_cpu = given["arms"], given["device"] == "cpu"
+    if len(set(arms) & set(known)) < len(arms):
         listed = f"name arms of --setting {given['setting']}, each once: {', '.join(known)}"
-        parser.error(f"--arms {' '.join(wrong or arms)}: {listed}")
-    on_cpu = given["device"] == "cpu"
-    if given.setdefault("jobs", None) is None:
-        # The tiny models gain nothing from a second thread, so each run gets a process of its own.
-        cores = torch.get_num_threads() if on_cpu and given["preset"] == "tiny" else 1
-        given["jobs"] = min(cores, 4, len(arms) * given["seeds"])
-    elif given["jobs"] > 1 and not on_cpu:
+        parser.error(f"--arms {' '.join(arms)}: {listed}")
+    # The tiny models gain nothing from a second thread, so each run gets a process of its own.
+    cores = min(4, torch.get_num_threads()) if on_cpu and given["preset"] == "tiny" else 1
+    if given.setdefault("jobs", cores) > 1 and not on_cpu:
         parser.error(f"--jobs {given['jobs']}: several runs at a time need --device cpu")
     runs = [flags_of_run(given, arm, seed) for seed in range(given["seeds"]) for arm in arms]
     check_together(parser, given, runs)
@@ -70,8 +63,7 @@ def read_runs_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> lis
 def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Namespace]) -> None:
     """Flags that contradict each other, ask for too much, or have no effect on any run."""
     if given.get("p") in (0, 1):
-        remedy = "p = 1 is standard RL: choose an arm such as solo"
-        parser.error(f"--p {given['p']:g}: one of the models would never write. {remedy}")
+        parser.error(f"--p {given['p']:g}: one model would never write: choose an arm such as solo")
     for flag in given:
         if flag not in LENGTHS and all(flag in ARMS[arm] for arm in given["arms"]):
             of_arms = f"it is fixed by {', '.join(given['arms'])}: leave it out"
@@ -84,5 +76,4 @@ def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Name
             remedy = "lower --updates, --batch, --specialist-steps, -batch or --eval-problems"
             parser.error(f"more than a million problems per run are too many: {remedy}")
         if run.arm.startswith("rlvr") and run.senior != run.junior:
-            remedy = "give --junior the value of --senior"
-            parser.error(f"arm {run.arm}: senior and junior start as one model: {remedy}")
+            parser.error(f"arm {run.arm} starts from one model: --junior must equal --senior")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from multiprocessing import connection
 
 from filelock import FileLock, Timeout
 
@@ -47,11 +46,11 @@ def locked(todo: list[Namespace]) -> Iterator[None]:
             folder = run_folder(args)
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    locks.enter_context(FileLock(folder / ".lock", timeout=0))
-                except Timeout as error:
-                    remedy = "wait until it has ended, or choose another --out"
-                    raise Refused(f"{folder} is written by another process: {remedy}") from error
+            try:
+                locks.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout as error:
+                remedy = "wait until it has ended, or choose another --out"
+                raise Refused(f"{folder} is written by another process: {remedy}") from error
             check_folder(args)
         yield
 
@@ -90,7 +89,7 @@ def start_worker(messages) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
-        connection.wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -49,15 +49,13 @@ def show(name: str, done: int, total: int, seconds: float = 0.0, line: str = "")
         updates_left[name] = total - done
     if seconds:
         durations.append(seconds)
-    minutes = ""
-    if durations:
-        # Roughly, as if all updates took equally long.
-        left = mean(durations) * sum(updates_left.values()) / max(1, len(running))
-        minutes = str(math.ceil(left / 60))
+    # Roughly, as if all updates took equally long.
+    left = mean(durations or [0]) * sum(updates_left.values()) / max(1, len(running))
+    minutes = math.ceil(left / 60)
     draw("")
     if line:
-        print(f"{line}{minutes:>11}" if seconds else line, flush=True)
-    end = f"  about {minutes} min left" if minutes and running else ""
+        print(f"{line}{minutes:11}" if seconds else line, flush=True)
+    end = f"  about {minutes} min left" if durations and running else ""
     draw("  ".join(running.values())[: WIDTH - len(end)] + end)
 
 
@@ -82,14 +80,15 @@ def log_end(args: Namespace) -> None:
 
 def log_row(row: dict, args: Namespace) -> None:
     """Show that an update is done, and its evaluation if it has one."""
-    line = ""
+    name, update, line, seconds = name_of(args), row["update"], "", 0.0
     if "eval" in row:
         senior, together = row["eval"]["senior"], row["eval"]["tandem"]
-        line = f"{name_of(args):24}{row['update']:8}{100 * senior['accuracy']:6.0f} %"
+        line = f"{name:24}{update:8}{100 * senior['accuracy']:6.0f} %"
         line += f"{100 * senior['jargon']:6.0f} %{100 * together['accuracy']:11.0f} %"
-    # Update 0 is an evaluation only, and says nothing of how long the others take.
-    seconds = [row[name] for name in row if name.startswith("seconds") and row["update"] > 0]
-    show(name_of(args), row["update"], args.updates, sum(seconds), line)
+    if update > 0:
+        # Update 0 is an evaluation only, and says nothing of how long the others take.
+        seconds = sum(row[key] for key in row if key.startswith("seconds"))
+    show(name, update, args.updates, seconds, line)
 
 
 def announce(left: list[Namespace], jobs: int) -> None:

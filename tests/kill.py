@@ -2,11 +2,11 @@
 
     python tests/kill.py [N]
 
-Every other kill is aimed at a moment of writing: in the middle of a row or of a draft, before or
-after a draft takes the place of a file, and with half an adapter written; the others come after a
-random time, half of them in fine-tuning, which keeps a draft at every step here. Rows (but for
-seconds), samples, the adapter, the optimizer and the specialist of a resumed run must be those of
-the unbroken run, bit for bit, and no draft may be left.
+Of four kills, two are aimed at a moment of writing: in the middle of a row or of a draft, before or
+after a draft takes the place of a file, and with half an adapter written. One is aimed at a random
+step of fine-tuning, and one comes after a random time. Rows (but for seconds), samples, the
+adapter, the optimizer and the specialist of a resumed run must be those of the unbroken run, bit
+for bit, and no draft may be left.
 
 Each run is a fork of this process, so that torch is imported once. pytest does not collect it.
 """
@@ -31,7 +31,7 @@ from test_runner import everything
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import run_gsm8k
-from lab import models, runs, specialist
+from lab import models, runs
 
 
 def make_base(folder: Path) -> None:
@@ -47,21 +47,26 @@ def make_base(folder: Path) -> None:
 
 def command_for(base: Path, out: Path) -> list[str]:
     flags = "--setting skill --arms tandem --device cpu --updates 4 --batch 8 --eval-problems 4"
-    flags += f" --eval-every 2 --max-new-tokens 12 --specialist-steps 30 --senior {base}"
+    flags += f" --eval-every 2 --max-new-tokens 12 --specialist-steps {STEPS} --senior {base}"
     return f"{flags} --junior {base} --out {out}".split()
 
 
-WRITERS = {"row": (runs, "append_rows"), "draft": (Path, "write_bytes")}
-WRITERS |= {"replace": (os, "replace"), "adapter": (PeftModel, "save_pretrained")}
+STEPS = 30  # of fine-tuning, which are the first calls of "step"
+CALLS = {"row": (runs, "append_rows"), "draft": (Path, "write_bytes"), "replace": (os, "replace")}
+CALLS |= {"adapter": (PeftModel, "save_pretrained"), "step": (torch.optim.AdamW, "step")}
 TARGETS = "row before, row amid, row after, draft amid, replace before, replace after"
 TARGETS = f"{TARGETS}, adapter amid, adapter after".split(", ")
 
 
-def aim(target: str, count: int) -> None:
-    """Let the count-th call of a function that writes end in a SIGKILL before, after or amid it."""
-    where, moment = target.split()
-    owner, name = WRITERS[where]
-    real, calls = getattr(owner, name), []
+def aim(target: str, count: float) -> None:
+    """Let this process end after `count` seconds, or in the count-th call of a function: before,
+    after or amid it."""
+    if target == "seconds":
+        signal.setitimer(signal.ITIMER_REAL, count)
+        return
+    name, moment = target.split()
+    owner, function = CALLS[name]
+    real, calls = getattr(owner, function), []
 
     def wrapper(*args, **options):
         calls.append(1)
@@ -78,19 +83,17 @@ def aim(target: str, count: int) -> None:
             os.truncate(args[1] / "adapter_model.safetensors", 1000)
         return os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, wrapper)
+    setattr(owner, function, wrapper)
 
 
-def run(command: list[str], target: str = "", count: int = 0, seconds=0.0, after=Path()) -> int:
-    """The exit status of a run in its own process, killed at a target, or some seconds after there
-    is a certain file (or at once after its start)."""
+def run(command: list[str], target: str = "", count: float = 0) -> int:
+    """The exit status of a run in its own process, which is killed at the target."""
     child = os.fork()
     if child == 0:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         run_gsm8k.reward = lambda text, gold: 1.0
         run_gsm8k.terminal.figures.draw_all = lambda *args: None
-        specialist.SECONDS_BETWEEN_DRAFTS = 0
         if target:
             aim(target, count)
         status = 1
@@ -99,11 +102,6 @@ def run(command: list[str], target: str = "", count: int = 0, seconds=0.0, after
             status = 0
         finally:
             os._exit(status)
-    if seconds:
-        while not after.exists():
-            time.sleep(0.001)
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -115,22 +113,17 @@ def result(out: Path) -> list:
 
 def is_equal(i: int, rng: random.Random, base: Path, out: Path, whole: float, expected: list):
     """Kill a run, resume it, print a line, and return whether it is the unbroken run."""
-    command, metrics = command_for(base, out), out / "tandem" / "seed-0" / "metrics.jsonl"
-    if i % 2:
-        target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 6)
-        what, status = f"{target}, call {count}", run(command, target, count)
-    elif i % 4:
-        seconds = rng.uniform(0.1, 0.8) * whole
-        what, status = f"after {seconds:.2f} s", run(command, seconds=seconds)
+    command = command_for(base, out)
+    if i % 4 == 0:
+        target, count = "seconds", rng.uniform(0.1, 0.8) * whole
+    elif i % 4 == 2:
+        target, count = "step before", rng.randint(1, STEPS)
     else:
-        seconds, draft = rng.uniform(0.001, 0.1), out / "specialist" / "en" / "seed-0" / "draft.pt"
-        what, status = "in fine-tuning", run(command, seconds=seconds, after=draft)
-    had = [row["update"] for row in runs.read_rows(metrics)] if metrics.is_file() else []
-    drafts = len(list(out.glob("specialist/*/*/draft.pt")))
-    resumed = run([*command, "--resume"])
+        target, count = TARGETS[i // 2 % len(TARGETS)], rng.randint(1, 6)
+    killed, resumed = run(command, target, count), run([*command, "--resume"])
     equal = resumed == 0 and result(out) == expected and not list(out.rglob("*.draft"))
-    when = f"status {status:3d}  fine-tuning {drafts}  rows {had!s:15} resumed with {resumed}"
-    print(f"{i:3d}  {what:24} {when}: {'bit-equal' if equal else 'DIFFERENT'}", flush=True)
+    end = f"status {killed}, resumed with {resumed}: {'bit-equal' if equal else 'DIFFERENT'}"
+    print(f"{i:3d}  {target:14} {count:5.3g}  {end}", flush=True)
     return equal
 
 

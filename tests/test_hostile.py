@@ -6,15 +6,26 @@ if it were trusted. Where a library asks whether code may be run, the answer her
 """
 
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
-from test_interruptions import Hostile, contents, copy, finished  # noqa: F401  fixtures
+from test_interruptions import contents, copy, finished  # noqa: F401  fixtures
 from test_runner import command, gsm8k  # noqa: F401  a fixture
 
 import run_gsm8k
+
+
+class Hostile:
+    """A pickle that would make a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def pickled(path, marker):
@@ -57,7 +68,6 @@ AUTO_TOKENIZER = {"AutoTokenizer": ["hostile.Hostile", "hostile.Hostile"]}
 HOSTILE = {
     "run/state.pt": pickled,
     "run/config.json": pickled,
-    "run/metrics.jsonl": pickled,
     "specialist/adapter.pt": pickled,
     "base/config.json of an unknown model": with_code(model_type="hostile", auto_map=CODE),
     "base/config.json without a causal model": with_code(**NO_CAUSAL_MODEL),
@@ -68,7 +78,6 @@ HOSTILE = {
     "base/model.safetensors": pickled,
     "base/pytorch_model.bin": weights_as_pickle,
     "base/adapter_config.json": pickled,
-    "base/made.json": pickled,
     "problems/train.jsonl": pickled,
     "problems/test.jsonl": pickled,
     "problems/problems.py": script_without_problems,

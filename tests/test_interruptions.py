@@ -1,4 +1,4 @@
-"""Interrupted runs and damaged files: the right result, or one message with path and remedy.
+"""Interrupted runs, and folders that cannot be used: the right result, or one message.
 
 Kills at random moments are in tests/kill.py, bad command lines and files in tests/bad_input.py.
 """
@@ -10,7 +10,7 @@ import pytest
 from test_runner import command, everything, metrics  # noqa: F401  a fixture
 
 import run_gsm8k
-from lab import experiments, jobs, runs, specialist
+from lab import experiments, jobs, runs
 from run_gsm8k import main
 
 
@@ -32,16 +32,6 @@ def copy(finished, command, tmp_path):  # noqa: F811
     return resume, tmp_path / "copy" / "tandem" / "seed-0"
 
 
-class Hostile:
-    """A pickle that would make a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 def contents(folder):
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(folder): path.read_bytes() for path in paths}
@@ -61,7 +51,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
         del command[at : at + 2]
     main(command)
     other, real, calls = [*command, "--out", str(tmp_path / "other")], runs.save_state, []
-    folder = tmp_path / "other" / arm / "seed-0"
+    folder, torn = tmp_path / "other" / arm / "seed-0", '{"update": 2, "rä'.encode()[:-1]
 
     def interrupted(args, update, *rest):
         calls.append(update)
@@ -69,8 +59,8 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         real(args, update, *rest)
         if calls == [-1, 0, 1, 1]:
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write('{"update": 2, "rew')
+            with open(folder / "metrics.jsonl", "ab") as file:
+                file.write(torn)
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -83,9 +73,9 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     main([*other, "--resume"])
     assert f"{arm} from update 1 to 2\n" in capsys.readouterr().out
     # Any reader of JSON lines can read the file, but for the line that was torn.
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [line for line in lines if line[-1:] != "}"] == ['{"update": 2, "rew']
-    assert sum(line.startswith('{"update": 1,') for line in lines) == 2
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    assert [line for line in lines if line[-1:] != b"}"] == [torn]
+    assert sum(line.startswith(b'{"update": 1,') for line in lines) == 2
     assert everything(tmp_path / "other", arm) == everything(tmp_path / "runs", arm)
     assert metrics(tmp_path / "runs", arm)[1]["loss"] is not None
     before = contents(folder)
@@ -93,17 +83,13 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("moment", ["draft.pt", "adapter.pt", "config.json", "state.pt"])
+@pytest.mark.parametrize("moment", ["adapter.pt", "config.json", "state.pt"])
 def test_an_interruption_of_the_first_save(finished, command, tmp_path, monkeypatch, moment):  # noqa: F811
-    """Before anything is complete: in the drafts of fine-tuning, or in the first files."""
-    monkeypatch.setattr(specialist, "SECONDS_BETWEEN_DRAFTS", 0)
-    flags = [*finished[0], "--out", str(tmp_path / "runs")]
-    real, done = os.replace, []
+    """Before anything is complete: of the specialist, and of the first files."""
+    flags, real = [*finished[0], "--out", str(tmp_path / "runs")], os.replace
 
     def replace(draft, path):
-        done.append(path.name)
-        # The first draft of fine-tuning is kept.
-        if path.name == moment and done.count(moment) == 1 + (moment == "draft.pt"):
+        if path.name == moment:
             raise KeyboardInterrupt
         real(draft, path)
 
@@ -122,16 +108,16 @@ def test_an_interruption_of_the_first_save(finished, command, tmp_path, monkeypa
 
 def test_a_run_goes_on_with_its_own_flags_and_base(copy):
     command, folder = copy  # noqa: F811
-    with pytest.raises(SystemExit, match="already holds a run: continue it with --resume"):
+    with pytest.raises(SystemExit, match="already holds a run: add --resume"):
         main(command[:-1])
-    with pytest.raises(SystemExit, match="was begun with lr = 0.001: resume it with the same"):
+    with pytest.raises(SystemExit, match="was begun with lr = 0.001: resume it so"):
         main([*command, "--lr", "0.5"])
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"base": "', '"base": "tiny-0123'))
     with pytest.raises(SystemExit, match="was begun with base = tiny-0123.*another --out"):
         main(command)
     (folder / "state.pt").unlink()  # as in a clone
-    with pytest.raises(SystemExit, match="holds rows but no state.pt"):
+    with pytest.raises(SystemExit, match="has rows, but no state.pt"):
         main(command)
 
 
@@ -149,47 +135,23 @@ def test_a_second_process_is_refused(copy, monkeypatch):
     assert held
 
 
-@pytest.mark.parametrize("updates", [[0, 2], []])
-def test_lost_rows_are_not_resumed(copy, updates):
-    """state.pt is that of update 2, so rows 0, 1 and 2 must be there. Each may be there twice."""
-    path = copy[1] / "metrics.jsonl"
-    whole = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(whole[i] for i in updates * 2))
-    with pytest.raises(SystemExit, match="metrics.jsonl cannot be used .it lacks.*updates 0 to 2"):
-        main(copy[0])
-    path.write_text("".join(whole * 2))
-    main(copy[0])
-
-
 # ------------------------------------------------------------------------------------------------
-# Where nothing can be written
+# Files, folders and specialists that cannot be used
 
 
-@pytest.mark.parametrize("name", ["config.json", "state.pt"])
-def test_files_are_replaced_as_a_whole(copy, monkeypatch, name):
+def test_files_are_replaced_as_a_whole(copy, monkeypatch):
     command, folder = copy  # noqa: F811
-    before, real = (folder / name).read_bytes(), os.replace
+    before, real = (folder / "state.pt").read_bytes(), os.replace
 
     def full(draft, path):
-        if path.name == name:
+        if path.name == "state.pt":
             raise OSError(28, "No space left on device")
         real(draft, path)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SystemExit, match=f"cannot write .*{name} .*No space left.*another --out"):
+    with pytest.raises(SystemExit, match="cannot write .*state.pt .*No space left.*another --out"):
         main([*command, "--updates", "3"])
-    assert (folder / name).read_bytes() == before
-
-
-# ------------------------------------------------------------------------------------------------
-# Files that are read back
-
-
-def test_lines_that_are_no_json_are_skipped(tmp_path):
-    """Torn, in another encoding, or nested too deeply."""
-    lines = [b'{"update": 0}', b'{"upd', b"\xff", b"[" * 10**5, b'{"update": 1}']
-    (tmp_path / "rows").write_bytes(b"\n".join(lines))
-    assert [row["update"] for row in runs.read_rows(tmp_path / "rows")] == [0, 1]
+    assert (folder / "state.pt").read_bytes() == before
 
 
 def test_only_seed_folders_count(tmp_path):
@@ -198,11 +160,10 @@ def test_only_seed_folders_count(tmp_path):
     assert [path.name for path in runs.seed_folders(tmp_path, "tandem")] == ["seed-2", "seed-10"]
 
 
-def test_a_specialist_that_is_not_finite_is_not_saved(command, tmp_path, monkeypatch):  # noqa: F811
+def test_a_specialist_that_is_not_finite_stops_its_runs(command, monkeypatch):  # noqa: F811
     def diverge(senior, *args, **options):
-        next(p for p in senior.parameters() if p.requires_grad).data[0, 0] = float("inf")
+        next(p for p in senior.parameters() if p.requires_grad).data[0, 0] = float("nan")
 
     monkeypatch.setattr("lab.specialist.fine_tune", diverge)
-    with pytest.raises(SystemExit, match="adapter.pt: its numbers are not finite: start again"):
+    with pytest.raises(SystemExit, match="(?s)(logits of a model are not finite.*){2}"):
         main(command)
-    assert not list((tmp_path / "runs").rglob("adapter.pt*"))
