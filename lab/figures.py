@@ -16,12 +16,13 @@ printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
     rlvr               the measures of Tandem RL (Jiao et al., 2026): differences between arms
     all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
-There are four kinds of figures: curves (draw_grid), rollouts by author (figure_1), a heat map and a
-forest plot of differences. To add a figure, write a function of (folder, runs) that returns it, and
-name it in FIGURES.
+There are four kinds of figures: curves, rollouts by author (figure_1), a heat map and forest plots.
+To add a figure, write a function of (folder, runs) that returns it, and name it in FIGURES; one of
+curves needs no function of its own.
 """
 
 import os
+import re
 import sys
 import textwrap
 from collections import defaultdict
@@ -37,7 +38,7 @@ os.environ["MPLBACKEND"] = "Agg"  # draws to files, without a screen
 import matplotlib.pyplot as plt
 
 from lab import experiments, tables, viewer
-from lab.runs import errors_in_one_line, writing
+from lab.runs import Refused, errors_in_one_line, writing
 from lab.tables import arms_in, by_seed, pooled, read_flags, read_runs
 
 WIDTH, SIZE = 7.0, 8  # inches: the text width of a paper with two columns; points: of every text
@@ -75,144 +76,100 @@ def look_of(arm: str) -> Look:
 
 def caption(figure: plt.Figure, folder: Path, runs: pd.DataFrame, text: str) -> plt.Figure:
     """Write below the figure: the models, the problems, n, the seeds, and the text."""
-    flags = read_flags(folder, runs.arm.iloc[0], senior=str, junior=str, problems=str)
+    flags = read_flags(folder, runs.arm.iloc[0])
     senior, junior, problems = (Path(flags[key]).name for key in ("senior", "junior", "problems"))
     seeds = " or ".join(map(str, sorted(set(runs.groupby("arm").seed.nunique()))))
-    about = f"Senior: {senior}. Junior: {junior}. Problems: {problems}, {runs.n.max()} solutions "
-    about += f"per point and seed. Seeds per arm: {seeds}. {text}"
+    about = f"Senior: {senior}. Junior: {junior}. Problems: {problems}, {runs.n.max():.0f} "
+    about += f"solutions per point and seed. Seeds per arm: {seeds}. {text}"
     figure.supxlabel(textwrap.fill(about, 116), fontsize=SIZE, color=GREY, x=0.01, ha="left")
     return figure
 
 
-# ------------------------------------------------------------------------------------------------
-# Curves
+def add_legend(figure: plt.Figure, **options) -> None:
+    """One legend above all panels, with every label once."""
+    entries: dict = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    figure.legend(entries.values(), entries, loc="outside upper center", **options)
 
-Curve = tuple[pd.DataFrame, str, str, Look]  # the runs of an arm, who, metric, and its look
-Panels = dict[tuple[str, str], list[Curve]]  # {(label of the row, title of the column): curves}
-GAP = 10  # percent: the height of a label in a panel
+
+# ------------------------------------------------------------------------------------------------
+# Curves: shares against updates
+
 FAR = 3  # seeds disagree if they differ by more than this many intervals at some update
 BANDS = "Band: 95\u00a0% Wilson interval of all seeds pooled. Where seeds are further apart than "
-BANDS += f"{FAR} times the width of this interval, each seed has a thin line, and there is no band."
-
-
-def draw_curves(ax: plt.Axes, curves: list[Curve]) -> dict[str, tuple[float, str]]:
-    """Shares in percent against updates; beside accuracy that of the junior, which is not trained.
-
-    Returns {label of a curve: (where it ends, its colour)}.
-    """
-    ends = {}
-    for runs, who, metric, (label, colour, marker) in curves:
-        points, seeds = pooled(runs, who, metric), by_seed(runs, who, metric)
-        apart = seeds.max(axis=1) - seeds.min(axis=1)
-        if (apart > FAR * (points.high - points.low)).any():
-            lines, width = seeds.interpolate("index", limit_area="inside"), 0.7
-        else:
-            lines, width = points[["value"]], 1.4
-            ax.fill_between(points.index, points.low, points.high, color=colour, alpha=0.2)
-        ax.plot(lines, color=colour, marker=marker, linewidth=width, markersize=2 * width)
-        ends[label] = lines.ffill().iloc[-1].median(), colour
-    if curves and metric == "accuracy":
-        share, low, high = pooled(curves[0][0], "junior", "accuracy").loc[0]
-        ax.axhline(share, color=GREY, linestyle="--", linewidth=1)
-        ax.axhspan(low, high, color=GREY, alpha=0.1)
-        ends["junior alone"] = share, GREY
-    ax.set(ylim=(-3, 103), yticks=range(0, 101, 25))
-    return ends
-
-
-def move_apart(heights: list[float], gap: float, top: float) -> np.ndarray:
-    """Sorted heights, moved to be at least `gap` apart, between 0 and `top`.
-
-    >>> move_apart([0, 2, 50, 74, 76], gap=10, top=100).tolist()
-    [0.0, 10.0, 50.0, 70.0, 80.0]
-    """
-    steps = gap * np.arange(len(heights))
-    free = np.array(heights) - steps
-    upward, downward = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
-    return np.clip((upward + downward) / 2 + steps, steps, top - steps[::-1])
-
-
-def label_ends(ax: plt.Axes, ends: dict[str, tuple[float, str]]) -> None:
-    """Labels right of the axes, as high as the ends of their curves, or nearly so."""
-    labels = sorted(ends, key=lambda label: ends[label])
-    heights = move_apart([ends[label][0] for label in labels], GAP, top=100)
-    options = dict(xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center")
-    for label, height in zip(labels, heights):
-        ax.annotate(label, (1, height), (6, 0), color=ends[label][1], **options)
-
-
-def draw_grid(panels: Panels) -> plt.Figure:
-    """Rows of panels; a curve is labelled in the last panel of its row."""
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*panels))
-    options = dict(sharex="col", sharey=True, squeeze=False, layout="constrained")
-    size = WIDTH, 0.9 + 1.5 * len(rows)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, **options)
-    for places, row in zip(axes, rows):
-        labelled: set[str] = set()
-        for ax, column in zip(places[::-1], columns[::-1]):
-            ends = draw_curves(ax, panels.get((row, column), []))
-            label_ends(ax, {label: ends[label] for label in ends.keys() - labelled})
-            labelled |= ends.keys()
-        places[0].set_ylabel(row)
-    for top, bottom, column in zip(axes[0], axes[-1], columns):
-        top.set_title(column)
-        bottom.set_xlabel("updates")
-        bottom.locator_params(axis="x", integer=True)
-    return figure
-
-
-def draw_arms(
-    folder: Path, runs: pd.DataFrame, metrics: dict, pairs: bool = False, also: Iterable[str] = ()
-) -> plt.Figure:
-    """Curves of all arms, and of those in `also`: a column per metric, {title: (who, metric)}.
-
-    pairs: a row per metric instead, and a column per pair of languages.
-    """
-    runs, panels = read_runs(folder, [*runs.arm.unique(), *also]), defaultdict(list)
-    for arm, of_arm in runs.groupby("arm", sort=False):
-        flags = read_flags(folder, arm)
-        senior, junior = flags["senior_language"], flags["junior_language"]
-        look = look_of(arm.removeprefix(f"{senior}-{junior}-"))
-        pair = f"{LANGUAGES.get(senior, senior)} → {LANGUAGES.get(junior, junior)}"
-        for title, (who, metric) in metrics.items():
-            place = (title, pair) if pairs else ("solutions (%)", title)
-            panels[place].append((of_arm, who, metric.format(junior=junior), look))
-    note = "Titles: language of the senior → of the junior; solutions of the senior alone. "
-    return caption(draw_grid(panels), folder, runs, note * pairs + BANDS)
-
-
+BANDS += f"{FAR} times the width of this interval, each seed has a thin line instead."
+# {title of a panel: (who, metric)}
 SKILL = {"with jargon, senior alone": ("senior", "jargon")}
 SKILL |= {"right, both together": ("tandem", "accuracy")}
 SKILL |= {"right, senior alone": ("senior", "accuracy")}
-PAIRS = {"with jargon (%)": ("senior", "jargon"), "right (%)": ("senior", "accuracy")}
-PAIRS |= {"in the junior's\nlanguage (%)": ("senior", "languages.{junior}")}
-SPOKEN = {f"in {name} (%)": ("senior", f"languages.{code}") for code, name in LANGUAGES.items()}
-by_arm = partial(draw_arms, metrics=SKILL)
-by_pair = partial(draw_arms, metrics=PAIRS, pairs=True)
-by_language = partial(draw_arms, metrics=SPOKEN, pairs=True)
+PAIR = {"with jargon": ("senior", "jargon"), "right": ("senior", "accuracy")}
+PAIR |= {"in the junior's language": ("senior", "languages.{junior}")}
+SPOKEN = {f"in {name}": ("senior", f"languages.{code}") for code, name in LANGUAGES.items()}
+
+
+def draw_curve(ax: plt.Axes, runs: pd.DataFrame, who: str, metric: str, look: Look) -> None:
+    """A metric of an arm; in a panel of accuracy also that of the junior, which is not trained."""
+    label, colour, marker = look
+    if metric == "accuracy" and not ax.lines:
+        share, low, high = pooled(runs, "junior", "accuracy").loc[0]
+        ax.axhline(share, color=GREY, linestyle="--", linewidth=1, label="junior alone")
+        ax.axhspan(low, high, color=GREY, alpha=0.1)
+    points, seeds = pooled(runs, who, metric), 100 * by_seed(runs, who, metric)
+    apart = seeds.max(axis=1) - seeds.min(axis=1)
+    if (apart > FAR * (points.high - points.low)).any():
+        lines, width = seeds.interpolate("index", limit_area="inside"), 0.7
+    else:
+        lines, width = points[["value"]], 1.4
+        ax.fill_between(points.index, points.low, points.high, color=colour, alpha=0.2)
+    options = dict(marker=marker, markersize=2 * width, linewidth=width)
+    ax.plot(lines, color=colour, label=label, **options)
+
+
+def curves(folder: Path, runs: pd.DataFrame, metrics: dict, also: tuple = ()) -> plt.Figure:
+    """All arms, and those in `also`: a column of panels per metric, a row per pair of languages."""
+    runs, pairs = read_runs(folder, [*runs.arm.unique(), *also]), defaultdict(list)
+    for arm in runs.arm.unique():
+        flags = read_flags(folder, arm)
+        pairs[flags["senior_language"], flags["junior_language"]].append(arm)
+    options = dict(sharex="row", sharey=True, squeeze=False, layout="constrained")
+    size = WIDTH, 1.2 + 1.4 * len(pairs)
+    figure, axes = plt.subplots(len(pairs), len(metrics), figsize=size, **options)
+    for row, ((senior, junior), arms) in zip(axes, pairs.items()):
+        languages = [LANGUAGES.get(code, code) for code in (senior, junior)]
+        row[0].set_ylabel(f"{' → '.join(languages)}\nsolutions (%)")
+        row[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
+        for ax, (who, metric) in zip(row, metrics.values()):
+            for arm in arms:
+                look = look_of(arm.removeprefix(f"{senior}-{junior}-"))
+                draw_curve(ax, runs[runs.arm == arm], who, metric.format(junior=junior), look)
+    for top, bottom, title in zip(axes[0], axes[-1], metrics):
+        top.set_title(title)
+        bottom.set_xlabel("updates")
+    add_legend(figure, ncols=5, columnspacing=1)
+    about = "Left: languages of senior → junior. Solutions of the senior alone, if not said. "
+    return caption(figure, folder, runs, about + BANDS)
+
 
 # ------------------------------------------------------------------------------------------------
 # Figure 1: the rollouts of one problem by author
 
 COLUMNS, LINE = 31, 0.16  # characters in each of the three columns; inches: the height of a line
 AUTHORS = {"senior": (0.80, 0.89, 0.97), "junior": (1.0, 0.84, 0.60)}  # red, green, blue
+# The words that fit into a column, or as much as does of a long one.
+WORDS = re.compile(rf"\S(?:.{{0,{COLUMNS - 2}}}\S)?(?!\S)|\S{{1,{COLUMNS}}}")
 
 
-def wrap_spans(spans: Iterable[tuple[str, str]], columns: int) -> list[tuple[str, list[str]]]:
-    """Wrap (author, text) spans into lines: [(the text, the author of each character), ...].
+def wrap(tokens: Iterable[list]) -> list[tuple[str, list[str]]]:
+    """The lines of a rollout: [(the text, the author of each character), ...].
 
-    >>> wrap_spans([("senior", "I s"), ("junior", "ell")], columns=4)
-    [('I', ['senior']), ('sell', ['senior', 'junior', 'junior', 'junior'])]
+    >>> wrap([["senior", "I s"], ["junior", "ell"]])
+    [('I sell', ['senior', 'senior', 'senior', 'junior', 'junior', 'junior'])]
     """
-    authors = [author for author, text in spans for _ in text]
-    text, end, lines = "".join(text for _, text in spans), 0, []
-    options = dict(expand_tabs=False, replace_whitespace=False, break_on_hyphens=False)
-    for part in text.split("\n"):
-        for line in textwrap.wrap(part.strip(), columns, **options):
-            start = text.index(line, end)
-            end = start + len(line)
-            lines.append((line, authors[start:end]))
-    return lines
+    authors = [author for author, text, *_ in tokens for _ in text]
+    lines = WORDS.finditer("".join(text for _, text, *_ in tokens))
+    return [(line[0], authors[slice(*line.span())]) for line in lines]
 
 
 def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
@@ -221,19 +178,19 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     The second one is the first whose verdict or jargon differs from those before training. None if
     no problem of the arm "tandem" was kept at three evaluations.
     """
-    chosen = tables.choose_example(folder)
+    chosen = viewer.choose_example(folder)
     if chosen is None:
         return None
-    (first, *between, last), why = chosen
+    (question, gold), (first, *between, last), why = chosen
     changed = [r for r in between if any(r[key] != first[key] for key in ("right", "jargon"))]
     shown = first, [*changed, between[len(between) // 2]][0], last
-    wrapped = [wrap_spans(rollout["spans"], COLUMNS) for rollout in shown]
+    wrapped = [wrap(rollout["tokens"]) for rollout in shown]
     rows = max(1, *map(len, wrapped))
     options = dict(layout="constrained", subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 1.1 + LINE * rows), **options)
-    question = textwrap.fill(f"{first['question']} (Answer: {first['gold']})", 116)
+    problem = textwrap.fill(f"{question} (Answer: {gold})", 116)
     # A dollar sign begins no formula.
-    figure.suptitle(question, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(problem, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
     caption(figure, folder, runs, f"Blue: written by the senior; orange: by the junior. {why}")
     figure.draw_without_rendering()  # after which the width of the axes is known
     # Points: a character of the font is 0.602 of its size wide.
@@ -251,108 +208,44 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# How often the text changes hands
+# Forest plots
+
+
+def forest(ax: plt.Axes, rows: dict[str, list[tuple]]) -> None:
+    """Rows of points (value, intervals, look), from above. The bar of a first interval is thick."""
+    for i, points in enumerate(rows.values()):
+        for k, (value, intervals, (label, colour, marker)) in enumerate(points):
+            for (low, high), width in zip(intervals, (3, 1)):
+                ax.hlines(i + k / 6, low, high, color=colour, linewidth=width)
+            ax.plot(value, i + k / 6, marker, color=colour, label=label, markersize=5)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.2, -0.25)
+
 
 EARLY = 8  # the update at which jargon is compared
 
 
-def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
-    """Handoffs before training, with jargon early in training, and with accuracy at its end."""
+def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
+    """Jargon early in training and accuracy at its end, ordered by handoffs before training."""
+    handoffs = {}
+    for arm, of_arm in runs.groupby("arm"):
+        handoffs[arm] = 0.0 if arm == "solo" else pooled(of_arm, "tandem", "handoffs").value[0]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.3), sharey=True, layout="constrained")
-    ticks: dict[float, str] = {}
-    for arm, of_arm in runs.groupby("arm", sort=False):
-        jargon, accuracy = (pooled(of_arm, "senior", name) for name in ("jargon", "accuracy"))
-        late = jargon[jargon.index >= EARLY]
-        if late.empty:
-            continue
-        flags, handoffs = read_flags(folder, arm), pooled(of_arm, "tandem", "handoffs").value
-        label = flags["handoff"] + ("" if flags["p"] == 0.5 else f", p = {flags['p']:g}")
-        label, handoffs = ("solo", 0.0) if flags["solo"] else (label, handoffs.get(0, nan))
-        # Schedules that never differ share a place.
-        ticks[handoffs] = f"{ticks[handoffs]}, {label}" if handoffs in ticks else label
-        for ax, (value, low, high) in zip(axes, (late.values[0], accuracy.values[-1])):
-            forest_plot(ax, [(handoffs, value, [(low, high)], look_of(arm))])
-    labels = [f"{label}: {handoffs:.1f}" for handoffs, label in ticks.items()]
-    axes[0].set_yticks(list(ticks), labels)
-    axes[0].set_ylabel("handoffs per rollout before training")
-    axes[0].set(xlabel=f"with jargon at update {EARLY} (%)", xlim=(-3, 103))
-    axes[1].set(xlabel="right at the end (%)", xlim=(-3, 103))
-    note = "Solutions of the senior alone. Bars: 95\u00a0% Wilson intervals of all seeds pooled."
-    return caption(figure, folder, runs, note) if ticks else None
-
-
-# ------------------------------------------------------------------------------------------------
-# Sweep
-
-LOW_JARGON = 5  # percent
-GOOD_C, GOOD_J = (-0.5, -0.3), (0.2, 0.35)  # from, to: what the paper's Appendix E recommends
-
-
-def read_cells(folder: str | Path) -> pd.DataFrame:
-    """A row per (c, j): updates and joint accuracy at the end, until when there is jargon, and
-    whether it is the best: that of the most right solutions together; of equals, c nearest to 0.
-
-    Only cells at the last update may be best. Where training diverged, numbers are nan.
-    """
-    rows = []
-    for arm, of_arm in read_runs(folder, experiments.SETTINGS["sweep"]).groupby("arm", sort=False):
-        end = pooled(of_arm, "tandem", "accuracy").iloc[-1]
-        jargon = pooled(of_arm, "senior", "jargon").value
-        numbers = [end.name, end.value, min(jargon.index[jargon < LOW_JARGON], default=nan)]
-        if any(Path(folder, arm).glob("seed-*/stopped.txt")):
-            numbers = [nan] * 3
-        weights = experiments.ARMS[arm]
-        rows.append([weights["wrong_weight"], weights["junior_weight"], *numbers])
-    cells = pd.DataFrame(rows, columns=["c", "j", "updates", "accuracy", "until"])
-    cells = cells.sort_values(["c", "j"], ascending=False)
-    finished = cells[cells.updates == cells.updates.max()]
-    return cells.assign(best=cells.index == (finished.accuracy.idxmax() if len(finished) else -1))
-
-
-def best_cell(folder: str | Path) -> tuple[float, float] | None:
-    """The best (c, j) on validation problems; None without a finished cell."""
-    cells = read_cells(folder)
-    return next(cells.loc[cells.best, ["c", "j"]].itertuples(index=False, name=None), None)
-
-
-def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
-    """Joint accuracy at the end, and how soon the jargon goes, for each c and j."""
-    cells = read_cells(folder)
-    if cells.empty:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
-    heat_map(axes[0], cells, "accuracy", "viridis")
-    axes[0].set_title("right at the end, both together (%)")
-    heat_map(axes[1], cells, "until", "viridis_r")
-    axes[1].set_title(f"updates until jargon is under {LOW_JARGON} %, senior alone")
-    note = (
-        "Validation problems. Red: the best cell of the left panel. Black: what the paper advises."
-    )
+    axes[0].set_ylabel("arm: handoffs per rollout before training")
+    labels = f"with jargon at update {EARLY} (%)", "right at the end (%)"
+    for ax, metric, last, label in zip(axes, ("jargon", "accuracy"), (EARLY, None), labels):
+        rows = {}
+        for arm in sorted(handoffs, key=handoffs.get, reverse=True):
+            value, low, high = pooled(runs[runs.arm == arm], "senior", metric).loc[:last].iloc[-1]
+            rows[f"{arm}: {handoffs[arm]:.1f}"] = [(value, [(low, high)], look_of(arm))]
+        forest(ax, rows)
+        ax.set(xlabel=label, xlim=(-3, 103))
+    note = "Senior alone; the arm tandem tosses a coin per word. Bars: 95\u00a0% Wilson intervals."
     return caption(figure, folder, runs, note)
 
 
-def heat_map(ax: plt.Axes, cells: pd.DataFrame, name: str, colours: str) -> None:
-    """A number per (c, j), with frames around the best cell and the paper's region."""
-    grid = cells.pivot(index="c", columns="j", values=name)[::-1]
-    ax.imshow(grid, cmap=colours, aspect="auto", alpha=0.6)
-    for cell in cells.itertuples():
-        x, y, value = grid.columns.get_loc(cell.j), grid.index.get_loc(cell.c), getattr(cell, name)
-        text = "never" if isnan(value) else f"{value:.3g}"
-        ax.text(x, y, "diverged" if isnan(cell.updates) else text, ha="center", va="center")
-        good = GOOD_C[0] <= cell.c <= GOOD_C[1] and GOOD_J[0] <= cell.j <= GOOD_J[1]
-        edge = RED if cell.best else "black" if good else "none"
-        ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=edge))
-    ax.set_xticks(range(len(grid.columns)), [f"{j:g}" for j in grid.columns])
-    ax.set_yticks(range(len(grid)), [f"{c:g}" for c in grid.index])
-    ax.set(xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
-    ax.grid(False)
-
-
-# ------------------------------------------------------------------------------------------------
-# Tandem RL: differences between arms
-
-# Others' differences in points, tandem GRPO minus solo GRPO: Jiao et al. (2026), where each arm was
-# run once, and an independent reproduction with one seed and its interval.
+# Differences in points by others, tandem GRPO minus solo GRPO: Jiao et al. (2026), where each arm
+# was run once, and an independent reproduction with one seed and its interval.
 PAPER = "solo GRPO: Jiao et al. (2026), Qwen3-4B", GREY, "*"
 AGAIN = "solo GRPO: independent reproduction", GREY, "d"
 PUBLISHED = {"pass@4": [(54.85 - 55.56, [], PAPER)], "retention": [(99.8 - 94.3, [], PAPER)]}
@@ -362,90 +255,98 @@ SHARES |= {"word": "right, a coin per word", "retention": "retention"}
 NATS = {"legibility": "the junior's cross-entropy", "drift": "drift from the junior"}
 
 
-def forest_plot(ax: plt.Axes, points: list[tuple]) -> None:
-    """points: (height, value, intervals, look). The bar of the first interval is the thick one."""
-    for height, value, intervals, (label, colour, marker) in points:
-        for (low, high), width in zip(intervals, (3, 1)):
-            ax.hlines(height, low, high, color=colour, linewidth=width)
-        ax.plot(value, height, marker, color=colour, label=label, markersize=5)
-
-
 def rlvr(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     """Tandem GRPO minus each other arm, measure by measure; None without such a pair."""
-    ends, unfinished = tables.read_ends(folder, runs.arm.unique())
-    pairs = tables.pairs_of(ends)
+    pairs = tables.pairs_of(tables.read_ends(folder, runs.arm.unique()))
     if not pairs:
         return None
     options = dict(height_ratios=[len(SHARES), len(NATS)], layout="constrained")
     figure, axes = plt.subplots(2, figsize=(WIDTH, 5.4), **options)
     for ax, names, unit in zip(axes, (SHARES, NATS), ("points", "nats per token")):
-        for i, name in enumerate(names):
+        rows = {}
+        for name, label in names.items():
             found = [(*tables.estimate(name, *pairs[arm])[:2], look_of(arm)) for arm in pairs]
-            found += PUBLISHED.get(name, [])
-            forest_plot(ax, [(i + k / 6, *estimate) for k, estimate in enumerate(found)])
-        ax.set_yticks([i + 1 / 6 for i in range(len(names))], names.values())
-        ax.set_ylim(len(names) - 0.2, -0.25)
+            rows[label] = found + PUBLISHED.get(name, [])
+        forest(ax, rows)
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_xlabel(unit)
-    handles, labels = axes[0].get_legend_handles_labels()
-    entries = dict(zip(labels, handles))
-    options = dict(loc="outside upper center", ncols=2, title="tandem GRPO minus")
-    figure.legend(entries.values(), entries, **options)
+    add_legend(figure, ncols=2, title="tandem GRPO minus")
     note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over "
-    note += "seeds. "
-    return caption(figure, folder, runs, note + unfinished)
+    return caption(figure, folder, runs, note + "seeds.")
+
+
+# ------------------------------------------------------------------------------------------------
+# Heat map: the sweep over c and j
+
+LOW_JARGON = 5  # percent
+ADVISED = [(c, j) for c in (-0.3, -0.5) for j in (0.2, 0.35)]  # by the paper's Appendix E
+
+
+def read_cells(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per (c, j), the largest first: joint accuracy at the end, and until when there is
+    jargon (nan if it stays). Cells in which training diverged are left out.
+    """
+    cells = []
+    for arm, of_arm in runs[runs.arm.isin(experiments.SETTINGS["sweep"])].groupby("arm"):
+        if not list(Path(folder, arm).glob("seed-*/stopped.txt")):
+            accuracy = pooled(of_arm, "tandem", "accuracy").value.iloc[-1]
+            jargon = pooled(of_arm, "senior", "jargon").value
+            until = min(jargon.index[jargon < LOW_JARGON], default=nan)
+            weights = experiments.ARMS[arm]
+            cells.append([weights["wrong_weight"], weights["junior_weight"], accuracy, until])
+    cells = pd.DataFrame(cells, columns=["c", "j", "accuracy", "until"])
+    return cells.sort_values(["c", "j"], ascending=False, ignore_index=True)
+
+
+def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
+    """Joint accuracy at the end, and how soon the jargon goes, for each c and j."""
+    cells = read_cells(folder, runs)
+    if cells.empty:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
+    axes[0].set_title("right at the end, both together (%)")
+    axes[1].set_title(f"updates until jargon is under {LOW_JARGON} %, senior alone")
+    for ax, name, colours in zip(axes, ("accuracy", "until"), ("viridis", "viridis_r")):
+        grid = cells.pivot(index="c", columns="j", values=name)[::-1]
+        ax.imshow(grid, cmap=colours, aspect="auto", alpha=0.6)
+        for i, cell in cells.iterrows():
+            x, y = grid.columns.get_loc(cell.j), grid.index.get_loc(cell.c)
+            text = "never" if isnan(cell[name]) else f"{cell[name]:.3g}"
+            ax.text(x, y, text, ha="center", va="center")
+            # Of equally good cells, the first has c nearest to 0.
+            edge = "black" if (cell.c, cell.j) in ADVISED else "none"
+            edge = RED if i == cells.accuracy.idxmax() else edge
+            ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=edge))
+        ax.set_xticks(range(len(grid.columns)), [f"{j:g}" for j in grid.columns])
+        ax.set_yticks(range(len(grid)), [f"{c:g}" for c in grid.index])
+        ax.set(xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
+        ax.grid(False)
+    note = "Validation problems. Red: the best cell of the left panel. Black: what the paper "
+    return caption(figure, folder, runs, note + "advises. Empty: training diverged.")
 
 
 # ------------------------------------------------------------------------------------------------
 # Everything
 
 # {setting: {name of the file: function}}, and what is printed after the table of a setting.
+skill, pair = partial(curves, metrics=SKILL), partial(curves, metrics=PAIR)
 FIGURES: dict[str, dict] = {
-    "skill": {"skill-figure1": figure_1, "skill-figure2": partial(by_arm, also=["imitation"])},
-    "language": {"language-figure2": by_pair, "language-figure3": by_language},
+    "skill": {"skill-figure1": figure_1, "skill-figure2": partial(skill, also=("imitation",))},
+    "language": {"language-figure2": pair, "language-figure3": partial(curves, metrics=SPOKEN)},
     "granularity": {"granularity": granularity},
-    "control": {"control": by_pair},
+    "control": {"control": pair},
     "sweep": {"sweep": sweep},
-    "pressure": {"pressure": by_arm},
-    "pressure-language": {"pressure-language": by_pair},
+    "pressure": {"pressure": skill},
+    "pressure-language": {"pressure-language": pair},
     "rlvr": {"rlvr": rlvr},
 }
-TABLES = {"granularity": tables.table_of_handoffs, "rlvr": tables.table_of_measures}
+TABLES = {"granularity": [tables.table_of_handoffs], "rlvr": [tables.table_of_measures]}
 
 
 def arms_of(folder: Path, setting: str) -> list[str]:
     """The arms of a setting; of the sweep also those on test problems that lie in the folder."""
     tests = [arm for arm in arms_in(folder) if setting == "sweep" and arm.startswith("test-c")]
     return [*experiments.SETTINGS[setting], *tests]
-
-
-EVERYBODY = "senior, junior and both together"
-
-
-def print_tables(folder: Path, setting: str) -> None:
-    """Print the tables of one setting, and which of its arms are in none of them."""
-    arms = arms_of(folder, setting)
-    runs = read_runs(folder, arms)
-    for arm in arms_in(folder):
-        if arm in arms and arm not in set(runs.arm):
-            print(f"{folder / arm} is left out: not every seed has evaluated {EVERYBODY}")
-    if len(runs):
-        further = TABLES[setting](folder, runs) if setting in TABLES else None
-        print("\n\n".join(filter(None, [tables.table(runs), further])))
-
-
-def draw(folder: Path, setting: str) -> None:
-    """Draw the figures of one setting into folder/figures/."""
-    runs = read_runs(folder, arms_of(folder, setting))
-    if runs.empty:
-        print(f"{folder}: no arm of {setting} has evaluated {EVERYBODY}: there is nothing to draw")
-        return
-    if setting not in FIGURES:
-        print(f"{setting} has no figure: add a function to FIGURES in lab/figures.py")
-    for name, function in FIGURES.get(setting, {}).items():
-        figure = function(folder, runs)
-        if figure:
-            print(save(figure, folder / "figures" / f"{name}.png"))
 
 
 def save(figure: plt.Figure, path: Path) -> Path:
@@ -459,29 +360,35 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_all(folder: Path, settings: Iterable[str]) -> None:
-    """Draw the figures of these settings, and the page of all rollouts in the folder."""
+    """Draw the figures of these settings, and the page of rollouts, into folder/figures/."""
     for setting in settings:
-        draw(folder, setting)
+        runs = read_runs(folder, arms_of(folder, setting))
+        for name, function in FIGURES.get(setting, {}).items():
+            if len(runs) and (figure := function(folder, runs)):
+                print(save(figure, folder / "figures" / f"{name}.png"))
     viewer.draw_page(folder)
 
 
-def main(folder: str) -> None:
-    """Draw every setting of which the folder holds an arm; in one line, what cannot be used."""
-    place, present = Path(folder), arms_in(Path(folder))
-    known = {setting: set(arms_of(place, setting)) for setting in experiments.SETTINGS}
-    settings = [setting for setting, arms in known.items() if arms & set(present)]
-    if not settings:
+@errors_in_one_line()
+def main(folder: Path) -> None:
+    """Print the tables and draw the figures of every setting of which the folder holds an arm."""
+    found = {name: read_runs(folder, arms_of(folder, name)) for name in experiments.SETTINGS}
+    found = {setting: runs for setting, runs in found.items() if len(runs)}
+    left_out = set(arms_in(folder)).difference(*(runs.arm for runs in found.values()))
+    for arm in sorted(left_out):
+        reason = "it is in no setting, or not every seed has evaluated senior, junior and both"
+        print(f"{folder / arm} is left out: {reason}")
+    if not found:
         remedy = "run run_gsm8k.py first, or name its --out folder"
-        sys.exit(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
-    with errors_in_one_line():
-        for setting in settings:
-            print_tables(place, setting)
-        draw_all(place, settings)
-    for arm in set(present) - set.union(*known.values()):
-        print(f"{place / arm} is in no setting of lab/experiments.py and is not drawn")
+        raise Refused(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
+    for setting, runs in found.items():
+        print(tables.table(runs))
+        for further in TABLES.get(setting, []):
+            print(f"\n{further(folder, runs)}")
+    draw_all(folder, found)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -3,7 +3,8 @@
 It writes RUNS/figures/rollouts.html, one file that a browser opens without a network: every kept
 evaluation rollout in the colours of its authors, what either model would have written at each step,
 the tosses of the coin, and the curves of accuracy and jargon. docs/ has copies of two pages, for
-GitHub Pages; each names the command that makes it in a comment.
+GitHub Pages; each names the command that makes it in a comment. To keep the page small, it has the
+first seed of every arm only, unless arms are named.
 
 The page is lab/viewer.html, in which an empty list of runs is replaced by those of RUNS, as JSON.
 They come from samples.jsonl, whose rollouts are made here:
@@ -13,31 +14,30 @@ They come from samples.jsonl, whose rollouts are made here:
              whether a coin was tossed, the senior's probability of the written token]
 
 A model may write anything, so no text may become a part of the page: as_json escapes what could end
-the script element, and the page's script never interprets a text as markup. To stay within
-MAX_BYTES the page leaves out runs, of later seeds first. Name arms to choose yourself.
+the script element, and the page's script never interprets a text as markup. The example of the page
+and of Figure 1 is chosen here as well.
 """
 
 import codecs
 import json
 import sys
 from argparse import Namespace
-from itertools import accumulate, groupby
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from lab import engine, tables
 from lab.experiments import ABOUT, DEFAULTS, SETTINGS, arms_of
-from lab.runs import errors_in_one_line, read_back, read_rows, replace_file, seed_folders, unusable
+from lab.runs import Refused, errors_in_one_line, read_back, replace_file, seed_folders
 from metrics import JARGON, has_jargon
 from reward import final_number, reward
 from rollout import Pair, Rollouts
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NO_RUNS = '{"runs": [], "missing": 0}'
-MAX_BYTES = 1_380_000  # of the runs; the template has some 20 KB
-# An arm of several settings is listed under the first.
-SETTING_OF = {arm: setting for setting in reversed(SETTINGS) for arm in SETTINGS[setting]}
 
 # ------------------------------------------------------------------------------------------------
 # Rollouts as they are kept in samples.jsonl
@@ -95,71 +95,17 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
 
 
 # ------------------------------------------------------------------------------------------------
-# The page
+# Reading them back
 
 
-def draw_page(folder: str | Path, arms: list[str] | None = None) -> Path | None:
-    """Write the page of these arms, or of all in the folder. None if no rollouts were kept."""
-    folder, command = Path(folder), " ".join(["python -m lab.viewer", str(folder), *(arms or [])])
-    arms = arms or [path.parts[-3] for path in folder.glob("*/seed-*/samples.jsonl")]
-    # In the order of the settings; what is in no setting comes last.
-    arms = [arm for arm in dict.fromkeys(arms_of("all") + sorted(arms)) if arm in arms]
-    found = [read_run(path) for arm in arms for path in seed_folders(folder, arm)]
-    runs = sorted((run for run in found if run["problems"]), key=lambda run: run["seed"])
-    if not runs:
-        print(f"{folder}: no run of {', '.join(arms) or 'any arm'} has kept rollouts: no page")
-        return None
-    sizes = accumulate(len(as_json(run)) for run in runs)
-    # At least one run is shown, whatever its size.
-    shown = runs[: max(1, sum(size < MAX_BYTES for size in sizes))]
-    missing = len(runs) - len(shown)
-    page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
-    page = page.replace(NO_RUNS, as_json({"runs": shown, "missing": missing}))
-    path = folder / "figures" / "rollouts.html"
-    replace_file(path, page.encode())
-    print(path, f"(without {missing} of {len(runs)} runs: name arms to choose)" * bool(missing))
-    return path
-
-
-def as_json(content) -> str:
-    """JSON in ASCII, in which no text can end the script element or begin a comment or entity.
-
-    >>> as_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    # Outside of strings, JSON has none of these characters.
-    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
-    return json.dumps(content, separators=(",", ":")).translate(escapes)
-
-
-def read_run(folder: Path) -> dict:
-    """What the page says of one run folder. Files that are not there leave their part empty."""
-    paths = [folder / "samples.jsonl", folder / "metrics.jsonl"]
-    kept, rows = (read_rows(path) if path.is_file() else [] for path in paths)
-    arm = folder.parent.name
-    setting = ABOUT.get(SETTING_OF.get(arm), "other arms")
-    run = {"arm": arm, "seed": int(folder.name[5:]), "setting": setting, "about": "", "flags": {}}
-    if (folder / "config.json").is_file():
-        run["flags"] = DEFAULTS | tables.read_flags(folder.parents[1], arm)
-        run["flags"]["commit"] = read_back(folder / "config.json").get("commit")
-        run["about"] = describe_training(run["flags"])
-    problems: dict[tuple, list[dict]] = {}
-    evaluations: dict[int, dict] = {}
-    try:
-        for sample in kept:
-            problem = sample["question"], sample["gold"]
-            problems.setdefault(problem, []).append(describe_rollout(sample))
-        for row in rows:
-            for who, cell in row.get("eval", {}).items():
-                numbers = cell["n"], cell["accuracy"], cell["jargon"]
-                evaluations.setdefault(row["update"], {})[who] = numbers
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise unusable(folder, f"a row is not what a run writes: {type(error).__name__}") from error
-    # Before the end of its first evaluation a run may lack rollouts of some writer.
-    found = [
-        [*problem, tables.rank_example(of), of] for problem, of in problems.items() if evaluations
-    ]
-    return run | {"problems": found, "evaluations": evaluations}
+def read_problems(folder: str | Path, arm: str) -> dict[int, dict[tuple, list[dict]]]:
+    """{seed: {(question, gold answer): the kept rollouts in the order of updates}} of an arm."""
+    seeds = {}
+    for seed, samples in tables.read_seeds(folder, arm, "samples.jsonl").items():
+        seeds[seed] = defaultdict(list)
+        for sample in samples:
+            seeds[seed][sample["question"], sample["gold"]].append(describe_rollout(sample))
+    return seeds
 
 
 def describe_rollout(sample: dict) -> dict:
@@ -174,29 +120,123 @@ def describe_rollout(sample: dict) -> dict:
     return about | {"verdict": verdict, "underlined": [one.span() for one in JARGON.finditer(text)]}
 
 
+# The example is the first kept problem of the highest rank.
+EXAMPLES = {
+    3: "the senior alone is right, the pair wrong with jargon, and in the end right without jargon",
+    2: "the pair is wrong before training and right after it",
+    1: "the pair loses its jargon",
+    0: "none of this is so",
+}
+
+
+def rank_example(rollouts: list[dict]) -> int:
+    """How plainly the rollouts of one problem show what training does: a key of EXAMPLES.
+
+    rollouts: "who" wrote each, and whether it is "right" and has "jargon", in the order of updates.
+    """
+    alone = [rollout for rollout in rollouts if rollout["who"] == "senior"]
+    joint = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
+    if not alone or not joint:
+        return 0
+    corrected = joint[-1]["right"] and not joint[0]["right"]
+    lost = joint[0]["jargon"] and not joint[-1]["jargon"]
+    best = corrected and lost and alone[0]["right"]
+    return 3 if best else 2 if corrected else int(lost)
+
+
+def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
+    """A problem of the arm "tandem", its joint rollouts, and a sentence on how it was chosen.
+
+    None if no problem was kept at three evaluations.
+    """
+    found = [p for of_seed in read_problems(folder, "tandem").values() for p in of_seed.items()]
+    kept = [p for p in found if sum(rollout["who"] == "tandem" for rollout in p[1]) >= 3]
+    ranks = [rank_example(rollouts) for _, rollouts in kept]
+    if not kept:
+        return None
+    best = max(ranks)
+    problem, rollouts = kept[ranks.index(best)]
+    why = f"Example: the first of {len(ranks)} kept problems such that {EXAMPLES[best]} "
+    why += f"({ranks.count(best)} of them)."
+    return problem, [rollout for rollout in rollouts if rollout["who"] == "tandem"], why
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+
+
+def draw_page(folder: str | Path, arms: Iterable[str] = ()) -> Path:
+    """Write the page of these arms, or of all in the folder; Refused if no rollouts were kept."""
+    command = " ".join(["python -m lab.viewer", str(folder), *arms])
+    found = sorted({path.parts[-3] for path in Path(folder).glob("*/seed-*/samples.jsonl")})
+    # In the order of the settings; what is in no setting comes last.
+    ordered = [arm for arm in dict.fromkeys(arms_of("all") + found) if arm in (arms or found)]
+    seeds = [read_arm(folder, arm) for arm in ordered]
+    runs = [run for of_arm in seeds for run in (of_arm if arms else of_arm[:1])]
+    if not runs:
+        raise Refused(f"{folder}: no run of {', '.join(arms) or 'any arm'} has kept rollouts")
+    runs.sort(key=lambda run: run["seed"])
+    content = as_json({"runs": runs, "missing": sum(map(len, seeds)) - len(runs)})
+    page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
+    path = Path(folder, "figures", "rollouts.html")
+    replace_file(path, page.replace(NO_RUNS, content).encode())
+    print(path, "" if arms else "(the first seed of every arm; name arms to see all seeds)")
+    return path
+
+
+def as_json(content) -> str:
+    """JSON in ASCII, in which no text can end the script element or begin a comment or entity.
+
+    >>> as_json("</script>")
+    '"\\\\u003c/script\\\\u003e"'
+    """
+    # Outside of strings, JSON has none of these characters.
+    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
+    return json.dumps(content, separators=(",", ":")).translate(escapes)
+
+
+def read_arm(folder: str | Path, arm: str) -> list[dict]:
+    """What the page says of each run of an arm."""
+    config = read_back(seed_folders(folder, arm)[0] / "config.json", flags=dict)
+    rows, problems = tables.read_seeds(folder, arm, "metrics.jsonl"), read_problems(folder, arm)
+    about = {"arm": arm, "about": describe_training(DEFAULTS | config["flags"])}
+    about["flags"] = config["flags"] | {"commit": config.get("commit")}
+    # An arm of several settings is listed under the first.
+    settings = [ABOUT[setting] for setting, arms in SETTINGS.items() if arm in arms]
+    about["setting"] = next(iter(settings), "other arms")
+    runs = []
+    # Before its first row a run may lack rollouts of some writer.
+    for seed in sorted(rows.keys() & problems.keys()):
+        ranked = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
+        evaluations = {
+            row["update"]: numbers_in(row["eval"]) for row in rows[seed] if "eval" in row
+        }
+        runs.append(about | {"seed": seed, "problems": ranked, "evaluations": evaluations})
+    return runs
+
+
+def numbers_in(evaluation: dict) -> dict[str, tuple]:
+    return {who: (of["n"], of["accuracy"], of["jargon"]) for who, of in evaluation.items()}
+
+
+TRAINING = (
+    "Training solutions are written by {writers}. The update is {algorithm} with {rewards} rewards;"
+    " in the loss, the senior's words weigh {senior_weight:g}, the junior's j = {junior_weight:g}, "
+    "and wrong solutions c = {wrong_weight:g} (reinforce only). Where both write: schedule "
+    "“{handoff}”, p = {p:g} for the senior. The senior is asked to answer in “{senior_language}”, "
+    "the junior in “{junior_language}”."
+)
+
+
 def describe_training(flags: dict) -> str:
     """How an arm is trained, in a few sentences. flags: all of DEFAULTS."""
-    if flags["solo"]:
-        about = "Standard RL: the senior is trained on solutions that it writes alone."
-    elif flags["imitation"]:
-        about = "A control: the senior is trained on solutions that the junior writes alone."
-    else:
-        about = "The senior is trained on solutions that it writes together with the junior; its"
-        about += f" words weigh 1 in the loss, the junior's j = {flags['junior_weight']:g}."
-    about += f" The update is {flags['algorithm'].upper()}."
-    if flags["wrong_weight"]:
-        about += f" Wrong solutions weigh c = {flags['wrong_weight']:g}."
-    if flags["rewards"] == "shuffled":
-        about += " As a control, the rewards are shuffled within each batch."
-    about += f" Where both write: schedule “{flags['handoff']}”, p = {flags['p']:g} for the senior."
-    senior, junior = flags["senior_language"], flags["junior_language"]
-    if senior != junior:
-        about += f" The senior is asked to answer in “{senior}”, the junior in “{junior}”."
-    return about
+    alone = "the senior alone" if flags["solo"] else "the junior alone"
+    writers = alone if flags["solo"] or flags["imitation"] else "senior and junior together"
+    return TRAINING.format(writers=writers, **flags)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     with errors_in_one_line():
-        sys.exit(0 if draw_page(sys.argv[1], sys.argv[2:]) else 1)
+        draw_page(sys.argv[1], sys.argv[2:])

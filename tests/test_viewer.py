@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import tables, viewer
+from lab import viewer
 from lab.experiments import DEFAULTS
 from lab.runs import Refused
 from rollout import Pair, Rollouts
@@ -87,48 +87,33 @@ def test_no_text_becomes_markup(folder):
     assert data_of(page)["runs"][0]["problems"][0][0] == NASTY
 
 
-def test_the_page_stays_small_and_says_what_is_missing(folder, monkeypatch, capsys):
-    monkeypatch.setattr(viewer, "MAX_BYTES", 1)
+def test_the_page_has_the_first_seed_or_the_named_arms(folder, capsys):
+    shutil.copytree(folder / "tandem" / "seed-0", folder / "tandem" / "seed-1")
     data = data_of(viewer.draw_page(folder))
-    assert (len(data["runs"]), data["missing"]) == (1, 1)
-    assert "without 1 of 2 runs" in capsys.readouterr().out
+    assert ([run["seed"] for run in data["runs"]], data["missing"]) == ([0, 0], 1)
+    assert "name arms" in capsys.readouterr().out
+    data = data_of(viewer.draw_page(folder, ["tandem"]))
+    assert ([run["seed"] for run in data["runs"]], data["missing"]) == ([0, 1], 0)
 
 
-def test_without_samples_there_is_no_page(tmp_path, capsys):
-    assert viewer.draw_page(tmp_path) is None
-    assert "no page" in capsys.readouterr().out
-
-
-def test_a_row_that_is_no_sample_is_named(folder):
-    path = folder / "tandem" / "seed-0" / "samples.jsonl"
-    path.write_text('{"update": 0, "who": "tandem", "question": "?"}\n')
-    with pytest.raises(Refused, match=str(path.parent)):
-        viewer.draw_page(folder)
-
-
-TOGETHER, ALONE = "together with the junior; its words weigh 1", "that it writes alone"
-COIN = "schedule “word”, p = 0.5"
+def test_without_samples_there_is_no_page(tmp_path):
+    with pytest.raises(Refused, match="no run of any arm has kept rollouts"):
+        viewer.draw_page(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "unsaid"),
+    ("given", "said"),
     [
-        ({}, [TOGETHER, "j = 1.", "REINFORCE.", COIN], ["c =", "shuffled", "asked to answer"]),
-        ({"solo": True, "algorithm": "grpo"}, [ALONE, "GRPO.", COIN], [TOGETHER, "j ="]),
-        ({"imitation": True}, ["that the junior writes alone", COIN], [TOGETHER, ALONE, "j ="]),
-        ({"junior_weight": 0.3, "wrong_weight": -0.1}, ["j = 0.3.", "c = -0.1."], []),
-        (
-            {"rewards": "shuffled", "handoff": "redraw", "p": 0.25},
-            ["shuffled", "“redraw”, p = 0.25"],
-            [],
-        ),
-        ({"senior_language": "de", "junior_language": "fr"}, ["in “de”, the junior in “fr”"], []),
+        ({}, "by senior and junior together. The update is reinforce with true rewards"),
+        ({"solo": True, "algorithm": "grpo"}, "by the senior alone. The update is grpo"),
+        ({"imitation": True, "rewards": "shuffled"}, "by the junior alone.* shuffled rewards"),
+        ({"junior_weight": 0.3, "wrong_weight": -0.1}, r"j = 0\.3, and wrong solutions c = -0\.1"),
+        ({"handoff": "redraw", "p": 0.25}, "“redraw”, p = 0.25 for the senior"),
+        ({"senior_language": "de", "junior_language": "fr"}, "in “de”, the junior in “fr”"),
     ],
 )
-def test_how_a_run_was_trained(given, said, unsaid):
-    about = viewer.describe_training(DEFAULTS | given)
-    assert all(text in about for text in said)
-    assert not any(text in about for text in unsaid)
+def test_how_a_run_was_trained(given, said):
+    assert re.search(said, viewer.describe_training(DEFAULTS | given))
 
 
 def rollouts_of_problem(alone: bool, *pair: tuple[bool, bool]) -> list[dict]:
@@ -150,7 +135,7 @@ def rollouts_of_problem(alone: bool, *pair: tuple[bool, bool]) -> list[dict]:
     ],
 )
 def test_the_rank_of_an_example(rollouts, rank):
-    assert tables.rank_example(rollouts) == rank
+    assert viewer.rank_example(rollouts) == rank
 
 
 def test_a_run_before_its_first_row_is_not_on_the_page(folder):
