@@ -6,11 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from lab import tables
-from lab.measures import seed_interval
 
 HERE = Path(__file__).parent.parent
 TINY, SMOL, QWEN = (HERE / "results" / name for name in ("tiny", "smol", "qwen"))
@@ -133,6 +131,7 @@ def forms_of(folder: str, arm: str, who: str, metric: str, when: int | str) -> l
     """How a number may be stated: without or with its interval, or seed by seed."""
     runs = runs_of(folder, arm)
     points, seeds = tables.pooled(runs, who, metric), tables.by_seed(runs, who, metric)
+    seeds = (100 if tables.is_share(runs, metric) else 1) * seeds.round(9)
     if when == "is under 5 %":
         firsts = [min(seed.index[seed < 5], default="never") for _, seed in seeds.items()]
         return [", ".join(map(str, firsts))]
@@ -179,19 +178,11 @@ def test_statistics_of_the_results_are_right():
     assert "in {}, {}, {} and {} of the three seeds".format(*below) in RESULTS_TEXT
     runs = [runs_of("tiny", f"de-fr-{arm}") for arm in ("tandem", "imitation")]
     seeds = np.array([tables.by_seed(of_arm, "senior", "accuracy").loc[40] for of_arm in runs])
+    seeds *= 100
     gap = np.subtract(*seeds.mean(axis=1))
     width = 1.96 * np.sqrt((seeds.mean(axis=1) * (100 - seeds.mean(axis=1)) / 600).sum())
     assert f"by {gap:+.1f} points [{gap - width:+.1f}, {gap + width:+.1f}]" in RESULTS_TEXT
     assert "({:+.1f}, {:+.1f} and {:+.1f})".format(*np.subtract(*seeds)) in RESULTS_TEXT
-
-
-def at_the_end(name: str, seeds: list) -> np.ndarray:
-    """A measure of Tandem RL in every seed."""
-    shares = [
-        of.handoff.mean() / of.solo.mean() if name == "retention" else of[name].mean()
-        for of in seeds
-    ]
-    return np.array(shares) * (1 if name in tables.IN_NATS else 100)
 
 
 def student_p(differences: np.ndarray) -> float:
@@ -203,10 +194,10 @@ def student_p(differences: np.ndarray) -> float:
 
 def test_tandem_rl_is_measured():
     """Holm's correction multiplies the smallest of 11 p by 11, the next by 10, and so on."""
-    ends, _ = tables.read_ends(TINY, ["rlvr-tandem", "rlvr-solo", "rlvr-solo-kl"])
+    ends = tables.read_ends(TINY, ["rlvr-tandem", "rlvr-solo", "rlvr-solo-kl"])
     pairs, ps = tables.pairs_of(ends), {}
-    for arm, (tandem, solo) in pairs.items():
-        found = [at_the_end(name, tandem) - at_the_end(name, solo) for name in tables.MEASURES]
+    for arm, pair in pairs.items():
+        found = [np.array(tables.estimate(name, *pair)[2]) for name in tables.MEASURES]
         ps[arm] = np.sort([student_p(differences) for differences in found]) * range(11, 0, -1)
     assert f"corrected p is {ps['rlvr-solo'][0]:.2f})" in RESULTS_TEXT
     assert f"corrected p = {ps['rlvr-solo-kl'][0]:.4f})" in RESULTS_TEXT
@@ -215,12 +206,10 @@ def test_tandem_rl_is_measured():
     assert len(rows) == 6
     for name, *_, values, difference in rows:
         form = ".4f" if name in tables.IN_NATS else ".1f"
-        tandem, solo = pairs["rlvr-solo"]
-        both = [at_the_end(name, [pd.concat(seeds)])[0] for seeds in (tandem, solo)]
-        bounds = seed_interval(at_the_end(name, tandem) - at_the_end(name, solo))
-        assert values == ", ".join(f"{value:{form}}" for value in both)
+        both = [f"{tables.estimate(name, end)[0]:{form}}" for end in pairs["rlvr-solo"]]
+        value, (_, bounds), _ = tables.estimate(name, *pairs["rlvr-solo"])
         interval = ", ".join(f"{bound:+{form}}" for bound in bounds)
-        assert difference == f"{both[0] - both[1]:+{form}} [{interval}]"
+        assert [values, difference] == [", ".join(both), f"{value:+{form}} [{interval}]"]
 
 
 def test_costs_are_measured():
@@ -234,12 +223,16 @@ def test_costs_are_measured():
     of_full = benchmark["update"]["rows"][1]["of_full"]
     assert "{seconds:.2f} of the time and {peak_mib:.2f} of".format(**of_full) in RESULTS_TEXT
     # Seed 0 of the first two shared the machine with other programs.
-    for arms, seeds, stated in (("grpo", 1, "1.3 times"), ("rlvr", 0, "Tandem RL 1.4 times")):
-        seconds = []
-        for arm in (f"{arms}-tandem", f"{arms}-solo"):
-            runs = runs_of("tiny", arm)
-            steps = runs[runs.metric.isin(["seconds_rollout", "seconds_update"])]
-            seconds.append(steps[steps.seed >= seeds].value.sum())
+    for arms, first, stated in (("grpo", 1, "1.3 times"), ("rlvr", 0, "Tandem RL 1.4 times")):
+        seconds = [
+            sum(
+                row.get("seconds_rollout", 0) + row.get("seconds_update", 0)
+                for seed, rows in tables.read_seeds(TINY, arm, "metrics.jsonl").items()
+                for row in rows
+                if seed >= first
+            )
+            for arm in (f"{arms}-tandem", f"{arms}-solo")
+        ]
         assert stated in RESULTS_TEXT
         assert stated.endswith(f"{seconds[0] / seconds[1]:.1f} times")
 
