@@ -51,14 +51,18 @@ ASKED += ["rollouts_per_prompt", "specialist_steps"]
 def check_before_loading(todo: list[Namespace]) -> None:
     """Everything about models and problems that can be checked without loading a model.
 
-    Sets `base` and `junior_base` in the flags of every run: which weights these are, for
-    config.json and --resume. Raises ValueError or OSError that names what is wrong.
+    Sets `base`, `junior_base` and `problems_checksum` in the flags of every run: which weights and
+    problems these are, for config.json and --resume. Raises ValueError or OSError that names what
+    is wrong.
     """
     names = [checkpoint(name) for name in (todo[0].senior, todo[0].junior)]
     tokenizers, contexts, vocab_size = load_tokenizers(*names)
     identities = [identity(name) for name in names]
+    files = [Path(todo[0].problems).expanduser() / f"{split}.jsonl" for split in ("train", "test")]
     for run in todo:
         run.base, run.junior_base = identities
+        # Resumed, a run must not go on with other problems.
+        run.problems_checksum = checksum([path for path in files if path.is_file()])
         run.bfloat16 = run.device != "cpu" if run.bfloat16 is None else run.bfloat16
     pair = Pair(None, None, *tokenizers, [], [])
     for run in {tuple(vars(run)[flag] for flag in ASKED): run for run in todo}.values():

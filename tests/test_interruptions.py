@@ -113,6 +113,9 @@ def test_a_run_goes_on_with_its_own_flags_and_base(copy):
     with pytest.raises(SystemExit, match="was begun with lr = 0.001: resume it so"):
         main([*command, "--lr", "0.5"])
     config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('checksum": "', 'checksum": "0123'))
+    with pytest.raises(SystemExit, match="was begun with problems-checksum = 0123"):
+        main(command)
     (folder / "config.json").write_text(config.replace('"base": "', '"base": "tiny-0123'))
     with pytest.raises(SystemExit, match="was begun with base = tiny-0123.*another --out"):
         main(command)

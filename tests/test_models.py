@@ -14,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit
 from test_runner import command, gsm8k  # noqa: F401  a fixture
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Phi3Config
 
 import run_gsm8k
 from conftest import llama
@@ -259,6 +259,22 @@ def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
     pair = load(folder)
     assert pair.end_ids == [1, 5]
     assert pair.pieces[5] == b""
+
+
+def test_start_tokens_are_not_doubled(tokenizer):
+    """A tokenizer may begin with two tokens of its own, which no bos_token names."""
+    copy = deepcopy(tokenizer)
+    start = dict(single="<pad> </s> $A", special_tokens=[("<pad>", 0), ("</s>", 1)])
+    copy.backend_tokenizer.post_processor = TemplateProcessing(**start)
+    (own,), (written,) = (encode(copy, [text]) for text in ("In", "<pad></s>In"))
+    assert written == own == [0, 1, *tokenizer("In").input_ids]
+
+
+def test_longrope_is_not_crossed(tokenizer, tmp_path):
+    """Beyond its original length such a model rotates all positions anew."""
+    tokenizer.save_pretrained(tmp_path)
+    Phi3Config(original_max_position_embeddings=48, pad_token_id=0).save_pretrained(tmp_path)
+    assert models.load_tokenizers(tmp_path, tmp_path)[1] == [48, 48]
 
 
 @pytest.mark.parametrize("pattern", ["$A </s>", "<pad> $A </s>", "$A <pad>", "$A </s> <pad>"])

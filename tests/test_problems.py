@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 
 import pytest
 
@@ -116,6 +117,12 @@ def test_missing_files(tmp_path):
         message = f"{source}/train.jsonl is not there, and the hub .*: give a folder that holds"
         with pytest.raises(FileNotFoundError, match=message):
             load_gsm8k(str(source), "train")
+
+
+def test_columns_of_the_hub_that_are_no_json(monkeypatch):
+    row = {"question": "Q", "answer": "#### 2", "created": datetime(2024, 5, 1)}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row])
+    assert load_gsm8k("some/gsm8k", "train")[0].gold == "2"
 
 
 def test_training_problems_are_neither_shown_nor_held_out(tmp_path):

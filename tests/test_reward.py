@@ -24,7 +24,7 @@ NUMBERS = {
     "1500.5": ["#### 1.500,50", "#### 1 500,50", "noch 1\u202f500,5 euros", "1\u00a0500,50"],
     "1234567": ["es bleiben 1.234.567 Euro", "#### 1 234 567 euros", "#### 1,234,567"],
     "0.125": ["#### 0,125"],  # no thousands
-    "500": ["in 2 500-page books"],  # elsewhere a space separates two numbers
+    "500": ["in 2 500-page books", "#### Rs.500", "it is...500"],  # spaces and points of the text
     "1": ["#### 1,0000", "#### 1 0000"],
     # Lists, other digits and no number at all.
     None: ["1,2,3", "1,23,456", "1.2.3", "٣", "½", "none", "####", "\ud800", "NaN"],

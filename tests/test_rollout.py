@@ -6,9 +6,10 @@ from itertools import accumulate
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 import rollout as module
-from conftest import llama, make_pair, shared_pair, write
+from conftest import COMMON, llama, make_pair, shared_pair, write
 from lab import engine
 from reinforce import completion_logprobs
 from rollout import random_numbers, reference_rollout, rollout, sample
@@ -147,6 +148,17 @@ def test_a_common_prefix_is_read_once(make_model, make, first, tokenizer, prompt
         assert (shapes[0] == first) is (shared == 64)
     assert same(*found)
     assert same(found[0], write(replace(pair, both=None), asked, 40))  # one model after the other
+
+
+def test_padding_takes_no_place_in_a_sliding_window(tokenizer, prompts, monkeypatch):
+    """Nor behind a common prefix: rows of different lengths see the same number of tokens."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, sliding_window=32, vocab_size=len(tokenizer))
+    model = MistralForCausalLM(MistralConfig(**sizes, **COMMON)).double().eval()
+    pair, asked = make_pair(model, model, tokenizer), [list(range(70)) + row for row in prompts[1]]
+    found = [write(pair, [asked, asked])]
+    monkeypatch.setattr(engine, "MIN_SHARED", 10**9)
+    assert same(*found, write(pair, [asked, asked]))
 
 
 def test_different_numbers_of_prompts_are_refused(pair, prompts):
