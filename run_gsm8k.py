@@ -14,7 +14,7 @@ presets. One update (`train` below), with B rollouts of C tokens; x are the prom
     weights * log pi_senior(y_t | x_senior, y_<t) (B, C) ─> loss ─> one LoRA step   reinforce.py
 
 Deviations from the first paper, whose full text we could not read (we know it from secondary
-sources; `# Open in paper:` marks what they leave open, and results/README.md lists it):
+sources; `# Open in paper:` marks what they leave open, and results/open-choices.md lists it):
 
 1) In the tiny preset the models have half a million parameters and the problems are generated, so
    that the effect shows within minutes. --preset paper has the paper's models and problems.

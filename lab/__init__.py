@@ -12,6 +12,9 @@ import os
 import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if os.isatty(2) and multiprocessing.parent_process() is None:
+    # What is printed next goes over it.
+    print("Loading torch, transformers and peft ...", end="\r", file=sys.stderr, flush=True)
 # On a CPU, bitsandbytes recommends an optional package of kernels at every start. It is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # A run that was killed may have left half a README.md beside its adapter, which is written again.

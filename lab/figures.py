@@ -13,6 +13,8 @@ printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
     pressure           GRPO gives the junior's tokens no weight: can the reward alone drive out the
                        jargon?
     pressure-language  the same where senior and junior speak different languages
+    credit             who writes, whose words are scored, and are the rewards true?
+    schedules          schedules where only the reward acts
     rlvr               the measures of Tandem RL (Jiao et al., 2026): differences between arms
     all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
@@ -60,6 +62,8 @@ ARMS: dict[str, Look] = {
     "senior-only": ("tandem, j = 0", PINK, "v"),
     "reinforce-j1": ("REINFORCE, j = 1", BLUE, "o"),
     "reinforce-j0": ("REINFORCE, j = 0", PINK, "v"),
+    "reinforce-junior": ("only junior scored", ORANGE, "D"),
+    "reinforce-imitation": ("only junior writes", GREEN, "^"),
     "grpo-tandem": ("GRPO, tandem", SKY, "P"),
     "grpo-solo": ("GRPO, solo", RED, "s"),
     "grpo-shuffled": ("GRPO, shuffled", ORANGE, "D"),
@@ -71,7 +75,7 @@ LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
 
 
 def look_of(arm: str) -> Look:
-    return ARMS.get(arm, (arm, GREY, "o"))
+    return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), (arm, GREY, "o"))
 
 
 def caption(figure: plt.Figure, folder: Path, runs: pd.DataFrame, text: str) -> plt.Figure:
@@ -330,6 +334,15 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
 
 # {setting: {name of the file: function}}, and what is printed after the table of a setting.
 skill, pair = partial(curves, metrics=SKILL), partial(curves, metrics=PAIR)
+
+
+def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure:
+    """The arms with true rewards, or those with shuffled ones, whose names have this end."""
+    figure = pair(folder, runs[runs.arm.str.endswith("-shuffled") == bool(end)])
+    figure.axes[0].set_title(f"with jargon{', shuffled rewards' if end else ''}")
+    return figure
+
+
 FIGURES: dict[str, dict] = {
     "skill": {"skill-figure1": figure_1, "skill-figure2": partial(skill, also=("imitation",))},
     "language": {"language-figure2": pair, "language-figure3": partial(curves, metrics=SPOKEN)},
@@ -338,9 +351,12 @@ FIGURES: dict[str, dict] = {
     "sweep": {"sweep": sweep},
     "pressure": {"pressure": skill},
     "pressure-language": {"pressure-language": pair},
+    "credit": {f"credit{end}": partial(credit, end=end) for end in ("", "-shuffled")},
+    "schedules": {"schedules": skill},
     "rlvr": {"rlvr": rlvr},
 }
 TABLES = {"granularity": [tables.table_of_handoffs], "rlvr": [tables.table_of_measures]}
+TABLES |= {"credit": [tables.table_of_differences], "schedules": [tables.table_of_differences]}
 
 
 def arms_of(folder: Path, setting: str) -> list[str]:
@@ -371,7 +387,10 @@ def draw_all(folder: Path, settings: Iterable[str]) -> None:
 
 @errors_in_one_line()
 def main(folder: Path) -> None:
-    """Print the tables and draw the figures of every setting of which the folder holds an arm."""
+    """Print the tables and draw the figures of every setting of which the folder has most arms.
+
+    If there is none, of every setting of which it has an arm: settings share arms.
+    """
     found = {name: read_runs(folder, arms_of(folder, name)) for name in experiments.SETTINGS}
     found = {setting: runs for setting, runs in found.items() if len(runs)}
     left_out = set(arms_in(folder)).difference(*(runs.arm for runs in found.values()))
@@ -381,6 +400,8 @@ def main(folder: Path) -> None:
     if not found:
         remedy = "run run_gsm8k.py first, or name its --out folder"
         raise Refused(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
+    most = [s for s in found if 2 * found[s].arm.nunique() > len(experiments.SETTINGS[s])]
+    found = {setting: found[setting] for setting in most or found}
     for setting, runs in found.items():
         print(tables.table(runs))
         for further in TABLES.get(setting, []):

@@ -18,8 +18,9 @@ averaged over the seeds and have no interval.
 The measures of Tandem RL (Jiao et al., 2026; lab/measures.py) have one number per problem. Their
 interval is the bootstrap over seeds and problems. Two arms are compared on the same seeds, problem
 by problem: if handoff is 1, 0 on the two problems of the only seed of one arm, and 0, 0 in the
-other, the difference is +50 points. A difference also has Student's interval over the seeds. Of
-some thirty comparisons, one or two have an interval without 0 by chance alone.
+other, the difference is +50 points. A difference also has Student's interval over the seeds. The
+outcomes of evaluations are compared in the same way (table_of_differences). Of some thirty
+comparisons, one or two have an interval without 0 by chance alone.
 
 No model is run here, and no metric computed.
 """
@@ -197,6 +198,39 @@ def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
     cells = counts.map("{:.1f}".format).replace("nan", "–")
     headings = ["arm, together before training", *HANDOFFS.values()]
     return markdown_table(headings, cells.itertuples(name=None))
+
+
+# ------------------------------------------------------------------------------------------------
+# Comparisons, problem by problem
+
+ENDS = {"right alone": ("senior", "accuracy"), "jargon alone": ("senior", "jargon")}
+ENDS |= {"right together": ("tandem", "accuracy")}
+
+
+def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
+    """ENDS of an arm on every problem at its last update: a row per (seed, problem)."""
+    last = {seed: rows[-1] for seed, rows in read_seeds(folder, arm, "metrics.jsonl").items()}
+    of_seeds = {
+        seed: pd.DataFrame({end: row["eval"][who]["outcomes"][m] for end, (who, m) in ENDS.items()})
+        for seed, row in last.items()
+    }
+    return pd.concat(of_seeds, names=["seed", "problem"])
+
+
+def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
+    """Every arm minus the first one with its languages, on the seeds that both have finished."""
+    first: dict[tuple, str] = {}
+    rows = []
+    for arm in runs.arm.unique():
+        flags = read_flags(folder, arm)
+        other = first.setdefault((flags["senior_language"], flags["junior_language"]), arm)
+        if other != arm:
+            pair = [read_outcomes(folder, name) for name in (arm, other)]
+            both = pair[0].index.intersection(pair[1].index)
+            pair = [of_arm.loc[both] for of_arm in pair]
+            cells = [measure_cell(end, *pair) for end in ENDS]
+            rows.append([f"{arm} − {other}", f"{both.unique('seed').size}", *cells])
+    return markdown_table(["difference", "seeds", *ENDS], rows)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -59,6 +59,25 @@ def _no_figure_stays_open():
     plt.close("all")
 
 
+def test_differences_by_hand(tmp_path):
+    """Two seeds of two problems. Alone j1 is right on 2 of 4 and the other arm on 3, the pair on 2
+    and none; per seed +50 and 0, so Student's interval is 25 +- 12.706 * 25 (317.6)."""
+    right = {"reinforce-j1": ([0, 1], [1, 0]), "reinforce-junior": ([1, 1], [1, 0])}
+    for arm, seeds in right.items():
+        for seed, values in enumerate(seeds):
+            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1))
+            path = tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"
+            row = json.loads(path.read_text())
+            row["eval"]["senior"]["outcomes"] = {"accuracy": values, "jargon": [0, 0]}
+            row["eval"]["tandem"]["outcomes"] = {"accuracy": [int(arm == "reinforce-j1"), 0]}
+            write_rows(path, row)
+    runs = tables.read_runs(tmp_path, right)
+    found = tables.table_of_differences(tmp_path, runs)
+    assert "| reinforce-junior − reinforce-j1 | 2 | +25.0 [" in found
+    assert "] [-292.6, +342.6] | +0.0 [+0.0, +0.0] [+0.0, +0.0] | -50.0 [" in found
+    assert found.count("reinforce") == 2
+
+
 # ------------------------------------------------------------------------------------------------
 # Statistics
 
