@@ -11,7 +11,7 @@ import pytest
 from lab import tables
 
 HERE = Path(__file__).parent.parent
-TINY, SMOL, QWEN = (HERE / "results" / name for name in ("tiny", "smol", "qwen"))
+TINY, SMOL, QWEN, CONTROLS = (HERE / "results" / n for n in ("tiny", "smol", "qwen", "controls"))
 PAGES = ["README.md", "results/README.md", "results/open-choices.md", "exercises.md"]
 PAGES += ["results/qwen/README.md"]
 PAGES = {HERE / name: (HERE / name).read_text(encoding="utf-8") for name in PAGES}
@@ -164,7 +164,7 @@ def test_percentages_between_the_tables_are_measured():
     assert found == [claim[0] for claim in RESULTS_CLAIMS]
     for number, *place in RESULTS_CLAIMS:
         assert number.replace(" %", "") in forms_of(*place)
-    assert len(RESULTS.split()) <= 3600
+    assert len(RESULTS.split()) <= 4000
 
 
 def test_statistics_of_the_results_are_right():
@@ -237,6 +237,15 @@ def test_costs_are_measured():
         assert stated.endswith(f"{seconds[0] / seconds[1]:.1f} times")
 
 
+def test_differences_are_measured():
+    (rows,) = [rows for (corner, *_), *rows in tables_in(RESULTS) if corner == "difference"]
+    runs = tables.read_runs(CONTROLS, tables.arms_in(CONTROLS))
+    runs = runs.sort_values("arm", key=lambda arms: ~arms.str.endswith("-j1"), kind="stable")
+    (found,) = tables_in(tables.table_of_differences(CONTROLS, runs) + "\n")
+    assert len(rows) == 4
+    assert [row for row in rows if row not in found] == []
+
+
 def test_twins_are_those_of_the_file():
     twins = (HERE / "results/training-twins.txt").read_text()
     found = [float(share) * 2 for share in re.findall(r"any (.+)%", twins)]
@@ -256,7 +265,7 @@ def full_tables(root: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize("root", [TINY, QWEN, SMOL], ids=lambda root: root.name)
+@pytest.mark.parametrize("root", [TINY, QWEN, SMOL, CONTROLS], ids=lambda root: root.name)
 def test_full_tables_are_those_of_the_files(root, tmp_path):
     committed, made = HERE / "results" / "tables" / f"{root.name}.md", tmp_path / "made.md"
     made.write_text(full_tables(root), encoding="utf-8")
