@@ -208,13 +208,15 @@ ENDS |= {"right together": ("tandem", "accuracy")}
 
 
 def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
-    """ENDS of an arm on every problem at its last update: a row per (seed, problem)."""
-    last = {seed: rows[-1] for seed, rows in read_seeds(folder, arm, "metrics.jsonl").items()}
-    of_seeds = {
-        seed: pd.DataFrame({end: row["eval"][who]["outcomes"][m] for end, (who, m) in ENDS.items()})
-        for seed, row in last.items()
-    }
-    return pd.concat(of_seeds, names=["seed", "problem"])
+    """ENDS of an arm on every problem, of seeds that have finished: a row per (seed, problem)."""
+    updates, cells = read_flags(folder, arm)["updates"], {}
+    for seed, rows in read_seeds(folder, arm, "metrics.jsonl").items():
+        if rows[-1]["update"] == updates:
+            ends = {end: rows[-1]["eval"][who]["outcomes"][m] for end, (who, m) in ENDS.items()}
+            for problem, outcomes in enumerate(zip(*ends.values())):
+                cells[seed, problem] = outcomes
+    index = pd.MultiIndex.from_tuples(cells, names=["seed", "problem"])
+    return pd.DataFrame(cells.values(), index, columns=list(ENDS))
 
 
 def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
@@ -224,9 +226,9 @@ def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
     for arm in runs.arm.unique():
         flags = read_flags(folder, arm)
         other = first.setdefault((flags["senior_language"], flags["junior_language"]), arm)
-        if other != arm:
-            pair = [read_outcomes(folder, name) for name in (arm, other)]
-            both = pair[0].index.intersection(pair[1].index)
+        pair = [read_outcomes(folder, name) for name in (arm, other)]
+        both = pair[0].index.intersection(pair[1].index)
+        if other != arm and len(both):
             pair = [of_arm.loc[both] for of_arm in pair]
             cells = [measure_cell(end, *pair) for end in ENDS]
             rows.append([f"{arm} − {other}", f"{both.unique('seed').size}", *cells])

@@ -65,13 +65,14 @@ def test_differences_by_hand(tmp_path):
     right = {"reinforce-j1": ([0, 1], [1, 0]), "reinforce-junior": ([1, 1], [1, 0])}
     for arm, seeds in right.items():
         for seed, values in enumerate(seeds):
-            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1))
+            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), flags={"updates": 0})
             path = tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"
             row = json.loads(path.read_text())
             row["eval"]["senior"]["outcomes"] = {"accuracy": values, "jargon": [0, 0]}
             row["eval"]["tandem"]["outcomes"] = {"accuracy": [int(arm == "reinforce-j1"), 0]}
             write_rows(path, row)
     runs = tables.read_runs(tmp_path, right)
+    write_seed(tmp_path / "reinforce-j1" / "seed-2", (1, 1, 1), (1, 1, 1))  # is not as long
     found = tables.table_of_differences(tmp_path, runs)
     assert "| reinforce-junior − reinforce-j1 | 2 | +25.0 [" in found
     assert "] [-292.6, +342.6] | +0.0 [+0.0, +0.0] [+0.0, +0.0] | -50.0 [" in found

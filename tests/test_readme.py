@@ -92,6 +92,12 @@ RESULTS_CLAIMS = [
     ("50.2 % [46.2, 54.2]", "tiny", "tandem", "junior", "accuracy", 0),
     ("50.3 % [46.3, 54.3]", "tiny", "tandem", "tandem", "accuracy", 0),
     ("89.8 % [87.2, 92.0]", "tiny/dose/0.12", "grpo-tandem", "senior", "accuracy", 0),
+    ("74.2 %", "controls", "reinforce-j1", "senior", "accuracy", 0),
+    ("74.8 %", "controls", "de-fr-reinforce-j1", "senior", "accuracy", 0),
+    ("50.8 %", "controls", "reinforce-j1", "junior", "accuracy", 0),
+    ("41.0 %", "controls", "de-fr-reinforce-j1", "junior", "accuracy", 0),
+    ("51.2 %", "controls", "reinforce-junior-shuffled", "senior", "accuracy", 80),
+    ("53.8 %", "controls", "reinforce-imitation-shuffled", "senior", "accuracy", 80),
     ("98.7 %", "tiny", "de-en-tandem", "senior", "languages.en", 40),
     ("0.5 %", "tiny", "fr-de-tandem", "senior", "languages.en", "at its highest"),
     ("0.3 %", "tiny", "de-fr-tandem", "senior", "languages.en", "at its highest"),
@@ -164,7 +170,7 @@ def test_percentages_between_the_tables_are_measured():
     assert found == [claim[0] for claim in RESULTS_CLAIMS]
     for number, *place in RESULTS_CLAIMS:
         assert number.replace(" %", "") in forms_of(*place)
-    assert len(RESULTS.split()) <= 4000
+    assert len(RESULTS.split()) <= 4100
 
 
 def test_statistics_of_the_results_are_right():
