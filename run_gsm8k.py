@@ -70,9 +70,8 @@ def train(args: Namespace, pair: Pair) -> None:
         batch = problems[(update - 1) * n : update * n]
         batch = [problem for problem in batch for _ in range(args.rollouts_per_prompt)]
         # 2. Rollouts: senior and junior write together. Under standard RL the senior writes alone,
-        # and in the imitation control the junior does. In a curriculum p falls to args.p.
-        p = args.p + args.p_extra * (1 - update / args.updates)
-        p = 1.0 if args.solo else 0.0 if args.imitation else p
+        # and in the imitation control the junior does.
+        p = 1.0 if args.solo else 0.0 if args.imitation else args.p
         seed = args.seed * 10**6 + update
         rollouts = generate(batch, args, pair, p, seed)
         row = {"update": update, "seconds_rollout": time.time() - started}

@@ -44,7 +44,6 @@ DEFAULTS: dict = {
     "imitation": False,  # the junior writes them alone, and the senior learns from its right ones
     "handoff": "word",
     "p": 0.5,
-    "p_extra": 0.0,  # a curriculum: how much larger p is at first; it falls linearly to p
     "temperature": 0.7,
     "max_new_tokens": 112,
     "batch": 152,  # rollouts per update
@@ -141,10 +140,6 @@ ARMS: dict[str, dict] = {
     "grpo-solo": GRPO | LONG | SOLO,
     **CREDIT,
     **{f"de-fr-{arm}": in_languages("de-fr") | flags for arm, flags in CREDIT.items()},
-    # The schedules where the reward is all there is, and a curriculum.
-    **{f"grpo-{name}": GRPO | LONG | {"handoff": name} for name in ("token", "redraw", "sentence")},
-    **{f"grpo-p-{p}": GRPO | LONG | {"p": p} for p in (0.25, 0.75)},
-    "grpo-curriculum": GRPO | LONG | {"p_extra": 0.4},
     **{f"{pair}-grpo-tandem": in_languages(pair) | GRPO | LONG for pair in ("de-fr", "en-de")},
     # Tandem RL: senior and junior begin as one model; the first two differ in their rollouts only.
     "rlvr-tandem": RLVR,
@@ -164,8 +159,6 @@ SETTINGS: dict[str, list[str]] = {
     "sweep": [arm for arm in ARMS if "wrong_weight" in ARMS[arm] and "validation" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
     "credit": [f"{language}{arm}" for language in ("", "de-fr-") for arm in CREDIT],
-    "schedules": ["grpo-tandem", "grpo-token", "grpo-redraw", "grpo-sentence"]
-    + ["grpo-p-0.25", "grpo-p-0.75", "grpo-curriculum"],
     "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
     "rlvr": [arm for arm in ARMS if arm.startswith("rlvr")],
 }
@@ -177,10 +170,9 @@ ABOUT = {
     "sweep": "the weights c of wrong rollouts and j of the junior's tokens (Appendix E)",
     "pressure": "GRPO on the senior's tokens only: does the reward alone remove jargon?",
     "credit": "who writes, whose words are scored, and are the rewards true? (two languages)",
-    "schedules": "when a coin is tossed, under GRPO without the junior's tokens",
     "pressure-language": "the same for two language pairs",
     "rlvr": "Tandem RL (Jiao et al., 2026): both models start from the same base",
-    "all": "everything, as in results/tiny",
+    "all": "everything, as in results/",
 }
 
 

@@ -14,7 +14,6 @@ printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
                        jargon?
     pressure-language  the same where senior and junior speak different languages
     credit             who writes, whose words are scored, and are the rewards true?
-    schedules          schedules where only the reward acts
     rlvr               the measures of Tandem RL (Jiao et al., 2026): differences between arms
     all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
@@ -352,11 +351,10 @@ FIGURES: dict[str, dict] = {
     "pressure": {"pressure": skill},
     "pressure-language": {"pressure-language": pair},
     "credit": {f"credit{end}": partial(credit, end=end) for end in ("", "-shuffled")},
-    "schedules": {"schedules": skill},
     "rlvr": {"rlvr": rlvr},
 }
 TABLES = {"granularity": [tables.table_of_handoffs], "rlvr": [tables.table_of_measures]}
-TABLES |= {"credit": [tables.table_of_differences], "schedules": [tables.table_of_differences]}
+TABLES["credit"] = [tables.table_of_differences]
 
 
 def arms_of(folder: Path, setting: str) -> list[str]:

@@ -205,7 +205,7 @@ def read_arm(folder: str | Path, arm: str) -> list[dict]:
     settings = [ABOUT[setting] for setting, arms in SETTINGS.items() if arm in arms]
     about["setting"] = next(iter(settings), "other arms")
     runs = []
-    # Before its first row a run may lack rollouts of some writer.
+    # Before its first row a run may not have the rollouts of every writer yet.
     for seed in sorted(rows.keys() & problems.keys()):
         ranked = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
         evaluations = {

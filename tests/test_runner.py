@@ -257,16 +257,6 @@ def test_shuffled_rewards(command, monkeypatch, tmp_path):
     assert metrics(tmp_path / "runs", "shuffled")[1]["reward"] == 3 / 8
 
 
-def test_the_curriculum(command, monkeypatch):
-    """p falls linearly to that of the arm, 0.5, by which evaluations are made."""
-    seen, real = [], run_gsm8k.generate
-    spy = lambda *args, **more: seen.append(args[3]) or real(*args, **more)  # noqa: E731
-    monkeypatch.setattr(run_gsm8k, "generate", spy)
-    flags = "--setting schedules --arms grpo-curriculum --updates 2 --eval-every 2".split()
-    run_gsm8k.main([*command, *flags])
-    assert seen == [1.0, 0.5, 0.0, 0.7, 0.5, 1.0, 0.5]
-
-
 def test_a_diverged_run_is_kept_and_the_next_is_as_if_alone(command, tmp_path, monkeypatch):
     """The first arm's loss is not finite. The second has none of its gradient; resumed, neither is
     run again, and the reason is given once more."""
