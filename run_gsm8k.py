@@ -153,7 +153,7 @@ def finish_update(row, args: Namespace, pair: Pair, optimizer, held_out: list, k
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
-SAMPLES = 4  # rollouts per evaluation that are kept as text
+SAMPLES = 12  # rollouts per evaluation that are kept as text
 
 
 def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:

@@ -137,7 +137,7 @@ def curves(folder: Path, runs: pd.DataFrame, metrics: dict, also: tuple = ()) ->
         flags = read_flags(folder, arm)
         pairs[flags["senior_language"], flags["junior_language"]].append(arm)
     options = dict(sharex="row", sharey=True, squeeze=False, layout="constrained")
-    size = WIDTH, 1.2 + 1.4 * len(pairs)
+    size = WIDTH, 1.1 + 1.2 * len(pairs)
     figure, axes = plt.subplots(len(pairs), len(metrics), figsize=size, **options)
     for row, ((senior, junior), arms) in zip(axes, pairs.items()):
         languages = [LANGUAGES.get(code, code) for code in (senior, junior)]
@@ -247,12 +247,6 @@ def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
     return caption(figure, folder, runs, note)
 
 
-# Differences in points by others, tandem GRPO minus solo GRPO: Jiao et al. (2026), where each arm
-# was run once, and an independent reproduction with one seed and its interval.
-PAPER = "solo GRPO: Jiao et al. (2026), Qwen3-4B", GREY, "*"
-AGAIN = "solo GRPO: independent reproduction", GREY, "d"
-PUBLISHED = {"pass@4": [(54.85 - 55.56, [], PAPER)], "retention": [(99.8 - 94.3, [], PAPER)]}
-PUBLISHED["handoff"] = [(54.74 - 52.40, [], PAPER), (-1.18, [(-3.34, 0.89)], AGAIN)]
 SHARES = {"solo": "right alone", "pass@4": "pass@4 alone", "handoff": "handoff robustness"}
 SHARES |= {"word": "right, a coin per word", "retention": "retention"}
 NATS = {"legibility": "the junior's cross-entropy", "drift": "drift from the junior"}
@@ -264,16 +258,15 @@ def rlvr(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     if not pairs:
         return None
     options = dict(height_ratios=[len(SHARES), len(NATS)], layout="constrained")
-    figure, axes = plt.subplots(2, figsize=(WIDTH, 5.4), **options)
+    figure, axes = plt.subplots(2, figsize=(WIDTH, 4.4), **options)
     for ax, names, unit in zip(axes, (SHARES, NATS), ("points", "nats per token")):
         rows = {}
         for name, label in names.items():
-            found = [(*tables.estimate(name, *pairs[arm])[:2], look_of(arm)) for arm in pairs]
-            rows[label] = found + PUBLISHED.get(name, [])
+            rows[label] = [(*tables.estimate(name, *pairs[arm])[:2], look_of(arm)) for arm in pairs]
         forest(ax, rows)
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_xlabel(unit)
-    add_legend(figure, ncols=2, title="tandem GRPO minus")
+    add_legend(figure, ncols=3, title="tandem GRPO minus")
     note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over "
     return caption(figure, folder, runs, note + "seeds.")
 
@@ -312,19 +305,18 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     for ax, name, colours in zip(axes, ("accuracy", "until"), ("viridis", "viridis_r")):
         grid = cells.pivot(index="c", columns="j", values=name)[::-1]
         ax.imshow(grid, cmap=colours, aspect="auto", alpha=0.6)
-        for i, cell in cells.iterrows():
+        for _, cell in cells.iterrows():
             x, y = grid.columns.get_loc(cell.j), grid.index.get_loc(cell.c)
             text = "never" if isnan(cell[name]) else f"{cell[name]:.3g}"
             ax.text(x, y, text, ha="center", va="center")
-            # Of equally good cells, the first has c nearest to 0.
             edge = "black" if (cell.c, cell.j) in ADVISED else "none"
-            edge = RED if i == cells.accuracy.idxmax() else edge
+            edge = RED if cell.accuracy == cells.accuracy.max() else edge
             ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=edge))
         ax.set_xticks(range(len(grid.columns)), [f"{j:g}" for j in grid.columns])
         ax.set_yticks(range(len(grid)), [f"{c:g}" for c in grid.index])
         ax.set(xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
         ax.grid(False)
-    note = "Validation problems. Red: the best cell of the left panel. Black: what the paper "
+    note = "Validation problems. Red: the best cells of the left panel. Black: what the paper "
     return caption(figure, folder, runs, note + "advises. Empty: training diverged.")
 
 
