@@ -110,3 +110,9 @@ def rollouts_of(ids, by_senior, mask=None, texts=None) -> Rollouts:
     ones = torch.ones_like(ids)
     mask = ones if mask is None else torch.as_tensor(mask)
     return Rollouts(ones, ones, ones, ones, ids, mask, by_senior, texts or [""] * len(ids))
+
+
+def ends_with(message: str, program, *args) -> None:
+    """The program must end with an error message in which this regular expression is found."""
+    with pytest.raises(SystemExit, match=message):
+        program(*args)
