@@ -5,14 +5,12 @@ import shutil
 from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from math import nan
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from test_runner import command, gsm8k  # noqa: F401  a fixture
-from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, Phi3Config
 
@@ -20,10 +18,9 @@ import run_gsm8k
 from conftest import ends_with, llama
 from lab import models
 from lab.experiments import DEFAULTS
-from lab.models import encode, identity, lora_layers, reset_adapter, token_bytes
+from lab.models import encode, identity, lora_layers, reset_adapter
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import loss
-from rollout import random_numbers, rollout
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 IN_BOTH = pytest.mark.parametrize("four_bit", [False, True])
@@ -72,8 +69,7 @@ def test_one_checkpoint_is_loaded_once(base_folder, four_bit):
 
 @IN_BOTH
 def test_one_pass_serves_both(base_folder, four_bit):
-    """The first half of the rows is the senior's, the rest the junior's: as in passes of their own,
-    and so are the rollouts."""
+    """The first half of the rows is the senior's, the rest the junior's, as in their own passes."""
     pair = load(base_folder, four_bit=four_bit)
     move_adapter(pair)
     ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [20, 30, 40, 50], [4, 4, 9, 9]])
@@ -82,12 +78,6 @@ def test_one_pass_serves_both(base_folder, four_bit):
         apart = torch.cat([senior[:2], pair.junior(input_ids=ids[2:]).logits])
     assert torch.allclose(both, apart, atol=1e-4)
     assert not torch.allclose(both, senior, atol=1e-2)
-    if not four_bit:
-        pair.senior.double()
-        asked = [[5, 6], [7], [8, 9, 10]], [[6], [7, 8], [9, 9]], *random_numbers(3, 20, seed=1)
-        one, two = rollout(pair, *asked), rollout(replace(pair, both=None), *asked)
-        assert torch.equal(one.completion_ids, two.completion_ids)
-        assert torch.equal(one.senior_mask, two.senior_mask)
 
 
 @IN_BOTH
@@ -161,7 +151,7 @@ def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
 
 
 def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, tmp_path):  # noqa: F811
-    """A base in place of another gets a specialist of its own, and resumes no run."""
+    """A base in place of another gets a specialist of its own."""
     base, made = shutil.copytree(base_folder, tmp_path / "final"), []
     run = [*command, "--senior", str(base), "--junior", str(base), "--arms", "tandem"]
     for seed in (1, 2):
@@ -171,9 +161,6 @@ def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, t
         run_gsm8k.main(run)
         made.append(torch.load(tmp_path / "runs" / "specialist" / "en" / "seed-0" / "adapter.pt"))
     assert made[0]["flags"]["base"] != made[1]["flags"]["base"]
-    retrain(base, seed=3)
-    message = "begun with base = final-[0-9a-f]*, junior-base = final-"
-    ends_with(message, run_gsm8k.main, [*run, "--resume"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,17 +229,13 @@ def test_most_adapters_must_agree(base_folder, monkeypatch, distances, agree):
 # Text and tokens
 
 
-def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
-    """<|eot_id|> of Llama 3 is special without being listed; a generation config names others."""
-    copy = deepcopy(tokenizer)
-    copy.add_tokens([AddedToken("<|eot_id|>", special=True), "▁größer"])
-    assert token_bytes(copy, len(copy))[-2:] == [b"", "▁größer".encode()]
-    assert token_bytes(copy, len(copy))[5] != b""
+def test_end_tokens_write_nothing(base_folder, tmp_path):
+    """A generation config names end tokens that the tokenizer does not."""
     folder = shutil.copytree(base_folder, tmp_path / "base")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     pair = load(folder)
     assert pair.end_ids == [1, 5]
-    assert pair.pieces[5] == b""
+    assert pair.pieces[5] == b"" != pair.pieces[6]
 
 
 def test_start_tokens_are_not_doubled(tokenizer):
@@ -288,14 +271,12 @@ def test_what_a_tokenizer_appends_is_left_out(tokenizer, pattern):
 
 
 def test_fine_tuning_learns_what_it_is_shown(base_folder):
-    """From a random model to the solution itself, greedily."""
+    """From a random model to one whose likeliest tokens are the solution."""
     pair = load(base_folder, rank=8)
     tokenizer, texts = pair.senior_tokenizer, [("Natalia", "sold 48 clips")] * 8
     ((prompt, solution),) = encode_examples(tokenizer, texts[:1])
     assert tokenizer.decode(solution) == " sold 48 clips</s>"
     options = dict(steps=60, batch=8, micro_tokens=4096, lr=3e-2, seed=0, label="test")
     fine_tune(pair.senior, tokenizer, texts, **options)
-    ids = torch.tensor([prompt])
-    for _ in solution:
-        ids = torch.cat([ids, pair.senior(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-    assert ids[0].tolist() == prompt + solution
+    likeliest = pair.senior(input_ids=torch.tensor([prompt + solution])).logits[0].argmax(-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == solution
