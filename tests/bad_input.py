@@ -1,10 +1,11 @@
-"""Bad command lines and files, and what becomes of them:
+"""Bad command lines and checkpoints, and what becomes of them:
 
     python tests/bad_input.py
 
 Every case must be refused in seconds, with a message and without a traceback, and nothing that was
 there may be lost. One line per case: seconds, whether a file has changed, and the message. The
-program is called in this process, so that torch is imported once. pytest does not collect it.
+program is called in this process, so that torch is imported once. pytest does not collect it. Bad
+problems are in test_problems.py, damaged and hostile files in test_hostile.py.
 """
 
 # ruff: noqa: I001, E402  kill.py sets the environment before torch is imported
@@ -24,8 +25,6 @@ from kill import command_for, make_base
 import torch
 
 import run_gsm8k
-from lab import figures
-from lab.runs import errors_in_one_line
 
 LIMIT = 20  # seconds after which a case counts as accepted
 
@@ -39,11 +38,6 @@ FLAGS = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/n
 --setting pressure --arms grpo-tandem --batch 100 | --handoff syllable | --eval-problems 1000000
 --eval-every 0 | --max-new-tokens 1000000 | --jobs 0 | --preset huge | --resume=yes | stray"""
 
-LINE = json.dumps({"question": "What is 1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}).encode()
-PROBLEMS = r"""{"question": "Q", "answer": "#### many"} | {"question": "Q", "answer": "2"} | [1, 2]
-{"question": " \n", "answer": "#### 2"} | {"question": "Q"} | {"question": "Q", "answer": 2}
-{"question": null, "answer": "#### 2"} | {"question": "Q | What is 1+1? 2"""
-NO_TEXT = ["Wie groß?".encode("latin-1"), LINE.decode().encode("utf-16"), b"\xef\xbb\xbf" + LINE]
 DAMAGE = {
     "empty": lambda whole: b"",
     "half": lambda whole: whole[: len(whole) // 2],
@@ -54,16 +48,11 @@ TEMPLATES = {"raises": b"{{ raise_exception('no') }}", "has no question": b"Hi"}
 CONFIGS = [{"hidden_size": 16}, {"vocab_size": 2}, {"model_type": "vit"}]
 
 
-def draw(folder: str) -> None:
-    with errors_in_one_line():
-        figures.draw_all(Path(folder), ["skill"])
-
-
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
+def attempt(name: str, command: list[str], kept: Path) -> bool:
     """Run a case, print its line, and return whether it was refused and `kept` has lost nothing."""
 
     def too_long(*_):
@@ -76,7 +65,7 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
     code, lines = 0, 1
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
         try:
-            program(argument)
+            run_gsm8k.main(command)
         except SystemExit as stop:
             code, lines = stop.code, len(str(stop.code).splitlines())
         except BaseException as error:
@@ -92,22 +81,9 @@ def attempt(name: str, argument, kept: Path, program=run_gsm8k.main) -> bool:
 
 
 def bad_flags(place: Path) -> Iterator[tuple]:
-    for flags in split(FLAGS):
+    for flags in FLAGS.replace("\n", " | ").split(" | "):
         given = flags.replace("\\n", "\n").split(" ")
         yield flags, [*short_command(place / "base", place / "runs"), *given], place / "base"
-
-
-def bad_problems(place: Path) -> Iterator[tuple]:
-    command, folder = short_command(place / "base", place / "runs"), place / "problems"
-    command += ["--problems", str(folder), "--eval-problems", "1"]
-    other = LINE.replace(b"1+1?", b"one and one?")
-    lines = [line.encode() for line in split(PROBLEMS)] + NO_TEXT
-    cases = [(LINE + b"\n" + line + b"\n", other) for line in lines]
-    folder.mkdir()
-    for train, test in [*cases, (LINE, LINE), (LINE, b""), (b"", LINE)]:
-        (folder / "train.jsonl").write_bytes(train)
-        (folder / "test.jsonl").write_bytes(test)
-        yield f"problems: {train[len(LINE) + 1 :][:50]}", command, folder
 
 
 def bad_bases(place: Path) -> Iterator[tuple]:
@@ -121,35 +97,10 @@ def bad_bases(place: Path) -> Iterator[tuple]:
     for name, kind, content in cases:
         # Without the runs of a case that was accepted, which would be why the next is refused.
         shutil.rmtree(place / "runs", ignore_errors=True)
-        fresh(place / "base", damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(place / "base", damaged)
         (damaged / name).write_bytes(content)
         yield f"base, {name}: {kind}", short_command(damaged, place / "runs"), damaged
-
-
-def bad_runs(place: Path) -> Iterator[tuple]:
-    """A finished run with one damaged file, which is then to go on or to be drawn."""
-    finished, copy = place / "finished", place / "copy"
-    command = short_command(place / "base", finished)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run_gsm8k.main(command)
-    resume = run_gsm8k.main, [*command, "--out", str(copy), "--updates", "2", "--resume"]
-    cases = [(f"tandem/seed-0/{file}", resume) for file in ("state.pt", "config.json")]
-    cases += [("specialist/en/seed-0/adapter.pt", resume)]
-    cases += [("tandem/seed-0/config.json", (draw, copy))]
-    for file, (program, argument) in cases:
-        for kind in ("empty", "half"):
-            fresh(finished, copy)
-            (copy / file).write_bytes(DAMAGE[kind]((copy / file).read_bytes()))
-            yield f"{program.__name__}, {file}: {kind}", argument, copy, program
-
-
-def split(cases: str) -> list[str]:
-    return cases.replace("\n", " | ").split(" | ")
-
-
-def fresh(folder: Path, copy: Path) -> None:
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
 
 
 def short_command(base: Path, out: Path) -> list[str]:
@@ -161,8 +112,7 @@ def main() -> None:
     print("| case | seconds | files | end of the message |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         make_base(Path(name, "base"))
-        kinds = bad_flags, bad_problems, bad_bases, bad_runs
-        outcomes = [attempt(*case) for of_kind in kinds for case in of_kind(Path(name))]
+        outcomes = [attempt(*case) for kind in (bad_flags, bad_bases) for case in kind(Path(name))]
     count = f"{sum(outcomes)} of {len(outcomes)} cases"
     print(f"{count} are refused in one line, in under 10 seconds, and nothing is lost")
     sys.exit(not all(outcomes))

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from conftest import ends_with
 from lab import figures, tables
 from lab.measures import bootstrap_interval
 from lab.runs import Refused
@@ -288,5 +289,6 @@ def test_what_is_written_and_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     for line in ("stray is left out", "| tandem | 8.0 | 2.0 | – | – |", "shuffled is left out"):
         assert line in printed
-    with pytest.raises(SystemExit, match=r"nowhere has no .*: run run_gsm8k\.py first"):
-        figures.main(tmp_path / "nowhere")
+    ends_with(r"nowhere has no .*: run run_gsm8k\.py first", figures.main, tmp_path / "nowhere")
+    (tmp_path / "tandem" / "seed-0" / "config.json").write_text("{")
+    ends_with("tandem/seed-0/config.json cannot be used", figures.main, tmp_path)

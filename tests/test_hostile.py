@@ -1,5 +1,5 @@
 """Files that somebody else may have made: a hostile one is refused with its path and a remedy, and
-no code in it runs.
+no code in it runs. A damaged one is refused in the same way.
 
 Every row of HOSTILE is one file that the project reads back, in a version that would make a folder
 if it were trusted. Where a library asks whether code may be run, the answer here is yes.
@@ -62,6 +62,10 @@ def script_without_problems(path, marker):
     path.write_text(f"import os\nos.mkdir({str(marker)!r})\n")
 
 
+def cut_off(path, marker):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 CODE = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
 # AutoConfig knows T5 and AutoModelForCausalLM does not, so only the named code could be run.
 NO_CAUSAL_MODEL = {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "hostile.Model"}}
@@ -70,6 +74,9 @@ HOSTILE = {
     "run/state.pt": pickled,
     "run/config.json": pickled,
     "specialist/adapter.pt": pickled,
+    "run/state.pt cut off": cut_off,
+    "run/config.json cut off": cut_off,
+    "specialist/adapter.pt cut off": cut_off,
     "base/config.json of an unknown model": with_code(model_type="hostile", auto_map=CODE),
     "base/config.json without a causal model": with_code(**NO_CAUSAL_MODEL),
     "base/tokenizer_config.json": with_code(tokenizer_class="Hostile", auto_map=AUTO_TOKENIZER),

@@ -101,10 +101,11 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, mon
 
 
 def test_all_arms_of_all_settings(command, tmp_path, monkeypatch, capsys):
-    """Each arm is run once, also one that settings share. Resumed, none is."""
+    """Each arm is run once, also one that settings share. Resumed, none is. Those of Tandem RL have
+    every measure of every problem before and after training."""
     few = ["c0-j0", "c-0.5-j0.2"]
     monkeypatch.setitem(experiments.SETTINGS, "sweep", few)
-    command += "--setting all --updates 1 --eval-problems 1 --max-new-tokens 4".split()
+    command += "--setting all --updates 1 --eval-problems 2 --max-new-tokens 4".split()
     run_gsm8k.main(command)
     every = experiments.arms_of("all")
     assert f"Runs ({len(every)}, 1 at a time): " in capsys.readouterr().out
@@ -113,6 +114,12 @@ def test_all_arms_of_all_settings(command, tmp_path, monkeypatch, capsys):
         assert (config["flags"]["arm"], config["flags"]["validation"]) == (arm, arm in few)
     run_gsm8k.main([*command, "--resume"])
     assert "Runs" not in capsys.readouterr().out
+    found = runs.read_rows(tmp_path / "runs" / "rlvr-tandem" / "seed-0" / "measures.jsonl")
+    assert [row.pop("update") for row in found] == [0, 1]
+    names = "solo handoff word continued_25 continued_50 continued_75 legibility drift right_of_8"
+    lengths = dict.fromkeys(names.split(), 2)
+    assert all({name: len(row[name]) for name in row} == lengths for row in found)
+    assert max(found[0]["drift"]) < 1e-4  # both begin as the same model
 
 
 # ------------------------------------------------------------------------------------------------
