@@ -12,12 +12,11 @@ import pytest
 
 from conftest import ends_with
 from lab import figures, tables
+from lab.experiments import DEFAULTS
 from lab.measures import bootstrap_interval
 from lab.runs import Refused
 
-FLAGS = {"updates": 8, "problems": "generated", "eval_problems": 2, "senior": "tiny"}
-FLAGS |= {"junior": "some/where", "senior_language": "en", "junior_language": "en"}
-FLAGS |= {"handoff": "word", "p": 0.5, "solo": False, "imitation": False}
+FLAGS = DEFAULTS | {"updates": 8, "eval_problems": 2, "junior": "some/where"}
 MEASURES = dict.fromkeys(["solo", "handoff", "word", *tables.CONTINUED], [1, 0])
 MEASURES |= {"legibility": [0.5, 0.3], "drift": [0.2, 0.1], "right_of_8": [8, 1]}
 GOOD = dict(n=4, accuracy=0.5, jargon=0.5, languages={"en": 0.25, "de": 0.75})
@@ -163,10 +162,6 @@ def test_comparisons_by_hand(tmp_path):
     assert handoff == "+0.0 [+0.0, +0.0] [+0.0, +0.0]"
     assert retention.endswith("[+nan, +nan]")
     assert drift == "**-0.2000 [-0.2000, -0.2000] [-0.2000, -0.2000]** |"
-    points, nats = figures.rlvr(tmp_path, runs).axes
-    # In every row first ours, then what others found; in the end the line at 0.
-    assert values_in(points)[:6] == pytest.approx([25, 0, -0.71, 0, 2.34, -1.18])
-    assert values_in(nats) == pytest.approx([0, -0.2, 0])
     write_seed(tmp_path / "rlvr-solo" / "seed-0", (1, 1, 1), flags={"problems": "varied"})
     with pytest.raises(Refused, match="not measured alike"):
         tables.table_of_measures(tmp_path, runs)
@@ -181,10 +176,6 @@ COMMITTED = [p for p in sorted(RESULTS.glob("*/figures/*.png")) if p.stem != "ro
 
 def texts_in(ax):
     return [text.get_text() for text in ax.texts]
-
-
-def values_in(ax):
-    return [line.get_xdata()[0] for line in ax.lines]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]} {path.stem}")
@@ -233,39 +224,6 @@ def test_the_sweep(tmp_path):
     assert texts_in(until) == ["never", "never", "4"]
     # Of the cells from above, the second is the best.
     assert [frame.get_edgecolor()[0] > 0.8 for frame in accuracy.patches] == [0, 1, 0]
-
-
-def test_granularity(tmp_path):
-    """Jargon at update 8, and accuracy at the end. Solo has no handoffs."""
-    evaluations = (1, 1, 1), (1, 1, 1), (0.5, 0.25, 1), (0.75, 0, 1)
-    for arm in ("solo", "tandem", "p-0.25"):
-        write_seed(tmp_path / arm / "seed-0", *evaluations)
-    write_seed(tmp_path / "token" / "seed-0", (1, 1, 1))  # it has just begun
-    jargon, right = draw(tmp_path, "granularity", "granularity").axes
-    labels = [label.get_text() for label in jargon.get_yticklabels()]
-    assert labels == ["p-0.25: 8.0", "tandem: 8.0", "token: 8.0", "solo: 0.0"]
-    assert values_in(jargon) == [25, 25, 100, 25]
-    assert values_in(right) == [75, 75, 100, 75]
-
-
-def test_figure_1(tmp_path):
-    """Of two problems that go from wrong to right the one with jargon is taken. In the middle is
-    the first evaluation with another verdict."""
-    samples = []
-    for question, text in {"Why pay $3 or $4?": "3+4=7.", "Why 7?": "3+4=<<3+4="}.items():
-        for update in range(5):
-            spans = [["senior", "3+4=" if update > 2 else text], ["junior", "7"]]
-            of_pair = SAMPLE | {"question": question, "update": update, "spans": spans}
-            samples += [of_pair | {"reward": int(update > 2)}, of_pair | {"who": "senior"}]
-    write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1))
-    write_rows(tmp_path / "tandem" / "seed-0" / "samples.jsonl", *samples)
-    figure = draw(tmp_path, "skill", "skill-figure1")
-    assert figure.get_suptitle() == "Why 7? (Answer: 7)"
-    assert figure.axes[1].get_title("left") == "update 3: right"
-    assert texts_in(figure.axes[0]) + texts_in(figure.axes[1]) == ["3+4=<<3+4=7", "3+4=7"]
-    assert figure.get_supxlabel().endswith("(1 of them).")
-    blue = figure.axes[1].images[0].get_array()[0, :5, 2]
-    assert (blue == [0.97] * 4 + [0.6]).all()
 
 
 def test_long_lines_are_wrapped():

@@ -1,5 +1,5 @@
 """Files that somebody else may have made: a hostile one is refused with its path and a remedy, and
-no code in it runs. A damaged one is refused in the same way.
+no code in it runs.
 
 Every row of HOSTILE is one file that the project reads back, in a version that would make a folder
 if it were trusted. Where a library asks whether code may be run, the answer here is yes.
@@ -66,6 +66,10 @@ def cut_off(path, marker):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def containing(content):
+    return lambda path, marker: path.write_bytes(content)
+
+
 CODE = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
 # AutoConfig knows T5 and AutoModelForCausalLM does not, so only the named code could be run.
 NO_CAUSAL_MODEL = {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "hostile.Model"}}
@@ -74,15 +78,14 @@ HOSTILE = {
     "run/state.pt": pickled,
     "run/config.json": pickled,
     "specialist/adapter.pt": pickled,
-    "run/state.pt cut off": cut_off,
-    "run/config.json cut off": cut_off,
-    "specialist/adapter.pt cut off": cut_off,
     "base/config.json of an unknown model": with_code(model_type="hostile", auto_map=CODE),
     "base/config.json without a causal model": with_code(**NO_CAUSAL_MODEL),
     "base/tokenizer_config.json": with_code(tokenizer_class="Hostile", auto_map=AUTO_TOKENIZER),
     "base/tokenizer.json": pickled,
     "base/generation_config.json": pickled,
     "base/chat_template.jinja": template,
+    "base/chat_template.jinja that fails": containing(b"{{ raise_exception('no') }}"),
+    "base/chat_template.jinja without the question": containing(b"Hi"),
     "base/model.safetensors": pickled,
     "base/pytorch_model.bin": weights_as_pickle,
     "base/adapter_config.json": pickled,
@@ -90,6 +93,12 @@ HOSTILE = {
     "problems/test.jsonl": pickled,
     "problems/problems.py": script_without_problems,
 }
+# A damaged file is refused in the same way.
+DAMAGED = """run/state.pt run/config.json specialist/adapter.pt base/config.json base/tokenizer.json
+base/generation_config.json base/model.safetensors base/tokenizer_config.json""".split()
+NOT_FETCHED = b"version https://git-lfs.github.com/spec/v1\n"
+DAMAGE = {"cut off": cut_off, "empty": containing(b""), "not fetched": containing(NOT_FETCHED)}
+HOSTILE |= {f"{file} {kind}": DAMAGE[kind] for file in DAMAGED for kind in DAMAGE}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -49,6 +49,8 @@ def test_each_model_reads_its_own_prompt(pair, solo, monkeypatch):
         divergence = (s.exp() * (s - j)).sum(-1).mean().item()
         assert found["drift"][i] == pytest.approx(divergence, abs=1e-5)
         assert divergence > 0.001
+    solo.completion_mask[:] = 0  # empty solutions
+    assert measures.compare(solo, pair, 0.5) == {"legibility": [0.0] * 3, "drift": [0.0] * 3}
 
 
 def test_the_junior_continues_the_senior(pair, solo):

@@ -12,9 +12,8 @@ from lab import tables
 
 HERE = Path(__file__).parent.parent
 TINY, SMOL, QWEN, CONTROLS = (HERE / "results" / n for n in ("tiny", "smol", "qwen", "controls"))
-PAGES = ["README.md", "results/README.md", "results/open-choices.md", "exercises.md"]
-PAGES += ["results/qwen/README.md"]
-PAGES = {HERE / name: (HERE / name).read_text(encoding="utf-8") for name in PAGES}
+PAGES = "README.md results/README.md results/open-choices.md exercises.md results/qwen/README.md"
+PAGES = {HERE / name: (HERE / name).read_text(encoding="utf-8") for name in PAGES.split()}
 README, RESULTS, CHOICES, *_ = PAGES.values()
 RESULTS_TEXT = " ".join(RESULTS.split())
 # The numbers of a page between its tables in their order: folder, arm, who, metric, update.
