@@ -1,4 +1,5 @@
-"""Metrics by hand. The distance from the junior is in test_measures.py."""
+"""Metrics by hand, but for the distance from the junior (test_measures.py) and Wilson's interval
+(test_figures.py)."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 import metrics
 from conftest import rollouts_of
 from lab.problems import LANGUAGES
-from metrics import count_handoffs, language_of, wilson_interval
+from metrics import count_handoffs, language_of
 
 
 def test_language_looks_at_words_only():
@@ -59,10 +60,3 @@ def test_batch_statistics_by_hand():
     rollouts = rollouts_of([[5, 6, 7]] * 2, *masks, texts=["1 >>", "1"])
     found = metrics.batch_statistics(rollouts, torch.tensor([0.0, 0.5]))
     assert found == dict(reward=0.25, jargon=0.5, senior_share=0.8, handoffs=1.0, tokens=5)
-
-
-def test_wilson_by_hand():
-    """10 of 10: low = 10 / (10 + 1.96 ** 2) = 0.7225. 1 of 2 is symmetric about a half."""
-    cases = {(10, 10): (0.7225, 1.0), (0, 10): (0.0, 0.2775), (1, 2): (0.0945, 0.9055)}
-    for proportion, interval in cases.items():
-        assert wilson_interval(*proportion) == pytest.approx(interval, abs=1e-4)

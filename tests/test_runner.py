@@ -426,7 +426,7 @@ def test_bad_flags_are_named(given, base_folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_gsm8k.main([*command.split(), *given.replace("\\n", "\n").split(" ")])
     # argparse prints its message and exits with 2; all others exit with their message.
-    printed = capsys.readouterr().err.splitlines() or [""]
+    printed = capsys.readouterr().err.splitlines()
     message = printed[-1] if stop.value.code == 2 else stop.value.code
     assert re.fullmatch(".*error: .*", message)
     assert any(word in message for word in re.split("[ =]", given) if word)
@@ -452,13 +452,13 @@ def is_killed(args):
     signal.raise_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [(is_refused, "is refused"), (is_killed, "killed, perhaps .*--resume and fewer --jobs")],
-)
-def test_what_ends_a_process_is_said(tmp_path, monkeypatch, train, message):
+ENDS = {is_refused: "is refused", is_killed: "killed, perhaps .*--resume and fewer --jobs"}
+
+
+@pytest.mark.parametrize("train", ENDS)
+def test_what_ends_a_process_is_said(tmp_path, monkeypatch, train):
     fork(monkeypatch)
     started = time.time()
-    with pytest.raises(runs.Refused, match=message):
+    with pytest.raises(runs.Refused, match=ENDS[train]):
         jobs.run_all(train, runs_of(f"--setting skill --jobs 2 --out {tmp_path}"))
     assert time.time() - started < 30

@@ -64,7 +64,6 @@ def test_the_page_holds_every_kept_rollout(folder):
         texts = {"".join(token[1] for token in rollout["tokens"]) for rollout in shown}
         assert texts == {"".join(text for _, text in sample["spans"]) for sample in kept}
         assert run["evaluations"]["0"]["senior"][0] == 200
-    assert "alone" in data["runs"][1]["about"]
 
 
 def test_no_text_becomes_markup(folder):
