@@ -268,11 +268,11 @@ def test_main_resumes_draws_from_files_and_refuses(tmp_path, monkeypatch, capsys
     ends_with("error: .*seed-0.json cannot be used", beliefs.main, command, SMALL)
 
 
-@pytest.mark.parametrize("program", [partial(beliefs.main, config=SMALL), atod.main])
+@pytest.mark.parametrize("program", [partial(beliefs.main, config=SMALL), atod.parse])
 def test_bad_flags_of_the_companions_are_named(program, capsys):
     messages = {"--seeds 0": "0: must be from 1 to 10", "--seed -1": "-1: must be from 0 to"}
     messages |= {"--seeds 11": "11: must be from", "--arms stric": "invalid choice: 'stric'"}
-    if program is atod.main:
+    if program is atod.parse:
         messages["--seed 1 --seeds 2"] = "not allowed with"
     for flags, message in messages.items():
         ends_with("2", program, flags.split())

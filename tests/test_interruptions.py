@@ -1,6 +1,6 @@
 """Interrupted runs, and folders that cannot be used: the right result, or one message.
 
-Kills at random moments are in tests/kill.py, bad command lines and files in tests/bad_input.py.
+Kills at random moments are in tests/kill.py, damaged and hostile files in tests/test_hostile.py.
 """
 
 import os

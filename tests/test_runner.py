@@ -404,6 +404,7 @@ def test_which_value_a_flag_has():
     of_p = runs_of("--setting granularity --p 0.3")
     assert [run.p for run in of_p[-4:]] == [0.3, 0.25, 0.75, 0.3]
     assert [run.seed for run in runs_of("--setting skill --seeds 2 --arms solo")] == [0, 1]
+    ends_with("2", runs_of, "--setting rlvr --junior other")  # these arms start from one model
 
 
 BAD = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/null/runs
@@ -412,9 +413,9 @@ BAD = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/nul
 --batch 7 | --batch 1e3 | --updates -1 | --updates 999999 | --seeds 0 | --seed 3 | --lr 0 | --lr nan
 --lr= | --specialist-steps 1000000 | --temperature 0 | --p 1 | --p 1.5 | --wrong-weight 1
 --junior-weight 2 | --arms tandem tandem | --arms | --arms word | --setting nothing | --setting=
---setting granularity --arms p-0.25 --p 0.3 | --setting rlvr --arms rlvr-solo --junior tiny
---setting pressure --arms grpo-tandem --batch 100 | --handoff syllable | --eval-problems 1000000
---eval-every 0 | --max-new-tokens 1000000 | --jobs 0 | --preset huge | --resume=yes | stray"""
+--setting granularity --arms p-0.25 --p 0.3 | --setting pressure --arms grpo-tandem --batch 100
+--handoff syllable | --eval-problems 1000000 | --eval-every 0 | --max-new-tokens 1000000 | --jobs 0
+--preset huge | --resume=yes | stray"""
 
 
 @pytest.mark.parametrize("given", BAD.replace("\n", " | ").split(" | "))
