@@ -7,8 +7,6 @@ if load_pair raises ValueError. Anything else is an error. results/architectures
 """
 
 # ruff: noqa: I001  the order of the imports matters
-import contextlib
-import io
 import json
 import sys
 import tempfile
@@ -92,11 +90,10 @@ def main(kinds: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     for kind in kinds:
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                verdict = judge(kind, tokenizer)
-            except Exception as error:
-                verdict = f"ERROR: {type(error).__name__}: {error}"
+        try:
+            verdict = judge(kind, tokenizer)
+        except Exception as error:
+            verdict = f"ERROR: {type(error).__name__}: {error}"
         print(f"{kind:18s} {' '.join(verdict.split())[:200]}", flush=True)
 
 

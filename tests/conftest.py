@@ -53,11 +53,12 @@ def sentencepiece():
 COMMON = dict(initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
-def llama(vocab_size: int, seed: int, dtype=torch.float32):
+def llama(vocab_size: int, seed: int, dtype=torch.float32, **changed):
     torch.manual_seed(seed)
     # 64 is the smallest width that 4-bit blocks fit.
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=1024, **sizes, **COMMON)
+    sizes |= dict(vocab_size=vocab_size, max_position_embeddings=1024) | changed
+    config = LlamaConfig(**sizes, **COMMON)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -110,3 +111,9 @@ def rollouts_of(ids, by_senior, mask=None, texts=None) -> Rollouts:
     ones = torch.ones_like(ids)
     mask = ones if mask is None else torch.as_tensor(mask)
     return Rollouts(ones, ones, ones, ones, ids, mask, by_senior, texts or [""] * len(ids))
+
+
+def ends_with(message: str, program, *args) -> None:
+    """The program must end with an error message in which this regular expression is found."""
+    with pytest.raises(SystemExit, match=message):
+        program(*args)

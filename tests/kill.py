@@ -28,20 +28,18 @@ import time
 import torch
 from peft import PeftModel
 from test_runner import everything
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 import run_gsm8k
+from conftest import llama
 from lab import models, runs
 
 
 def make_base(folder: Path) -> None:
     """A random Llama of some thousand parameters, with the tokenizer of the tiny base."""
     tokenizer = AutoTokenizer.from_pretrained(models.TINY)
-    torch.manual_seed(0)
     sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-    sizes |= dict(max_position_embeddings=512, initializer_range=0.3)
-    ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(folder)
+    llama(len(tokenizer), seed=0, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

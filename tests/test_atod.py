@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from companions import atod
-from conftest import gpt2
+from conftest import ends_with, gpt2
 from reinforce import plain_logprobs
 
 RESULTS = Path(atod.__file__).parents[1] / "results" / "companions" / "atod"
@@ -210,8 +210,7 @@ def quick(monkeypatch):
 def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
     arms = ["--out", str(tmp_path), "--arms", "atod", "early-opd"]
     # A seed that cannot be warmed up is left out; the others are run and reported all the same.
-    with pytest.raises(SystemExit, match="seed 2 is left out"):
-        atod.main(["--seeds", "3", *arms])
+    ends_with("seed 2 is left out", atod.main, ["--seeds", "3", *arms])
     table = capsys.readouterr().out
     for start in ("| atod | 2 |", "| early-opd | 2 |", "| atod − teacher |"):
         assert start in table
@@ -235,13 +234,11 @@ def test_run_resume_and_refusal(quick, monkeypatch, tmp_path, capsys):
 
     # A damaged file is named, and so are other settings, in the folder and in one file of an arm.
     path.write_text("{")
-    with pytest.raises(SystemExit, match=r"seed-1.jsonl cannot be read .*remove it"):
-        atod.main(["--seeds", "2", *arms])
+    ends_with("seed-1.jsonl cannot be read .*remove it", atod.main, ["--seeds", "2", *arms])
     monkeypatch.setattr(atod, "SETTINGS", settings(lr=0.5))
     for name in ("config.json", "atod/seed-0.jsonl"):
-        expected = f"{name} was made with lr = 0.001 instead of 0.5: choose another --out"
-        with pytest.raises(SystemExit, match=expected):
-            atod.main(arms)
+        message = f"{name} was made with lr = 0.001 instead of 0.5: choose another --out"
+        ends_with(message, atod.main, arms)
         (tmp_path / name).unlink()
 
 
@@ -250,15 +247,6 @@ def test_a_model_that_does_not_learn_in_time(monkeypatch):
     options = dict(noise=0.0, lr=1e-3, test_every=1, label="teacher")
     with pytest.raises(atod.NotLearned, match="seed 3 is left out: its teacher .* in 2 steps"):
         atod.imitate(atod.make_model(16, seed=0), 3, done=lambda share: False, **options)
-
-
-def test_bad_flags_are_named(capsys):
-    messages = {"--seeds 0": "--seeds: 0: must be from 1 to 10", "--seed -1": "-1: must be from 0"}
-    messages |= {"--arms ppo": "invalid choice: 'ppo'", "--seed 1 --seeds 2": "not allowed with"}
-    for flags, message in messages.items():
-        with pytest.raises(SystemExit):
-            atod.main(flags.split())
-        assert message in capsys.readouterr().err
 
 
 def test_the_committed_table_is_that_of_its_files():

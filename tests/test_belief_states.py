@@ -9,9 +9,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from companions import atod
 from companions import belief_states as beliefs
 from companions.belief_states import ARMS, PROMPTS, Config, factor_advantages, stage_loss
-from conftest import llama
+from conftest import ends_with, llama
 from lab.runs import Refused
 from reinforce import full_logprobs
 
@@ -131,24 +132,17 @@ def test_the_world():
     assert beliefs.describe(state) == "in-yard red-lamp red-door blue-gate red-pump"
 
 
-FORMATS = {  # text: (whether it is valid, its F1)
-    "blue-door red-lamp": (True, 1.0),
-    "red-lamp green-lamp blue-door": (False, 0.8),  # two facts about the lamp
-    "red-lamp hall blue-door": (False, 1.0),
-    "": (False, 0.0),
-}
-
-
-@pytest.mark.parametrize("text", FORMATS)
-def test_what_a_text_earns(text):
+def test_what_a_text_earns():
     """A fifth of the length penalty per word of a state, where the encoder wrote it."""
-    valid, score = FORMATS[text]
-    assert beliefs.read_facts(text)[1] is valid
-    assert beliefs.f1(text, "red-lamp blue-door") == pytest.approx(score)
-    rows, length = [{"state": text, "observation": text}], len(text.split())
-    for stage, cost in {"encode": 0.1, "transition": 0, "decode": 0}.items():
-        g = 0.1 * valid - cost * length
-        assert beliefs.own_rewards(stage, rows, 0.1, 0.5).tolist() == pytest.approx([g])
+    formats = {"blue-door red-lamp": (True, 1.0), "red-lamp hall blue-door": (False, 1.0)}
+    formats |= {"red-lamp green-lamp blue-door": (False, 0.8), "": (False, 0.0)}
+    for text, (valid, score) in formats.items():
+        assert beliefs.read_facts(text)[1] is valid
+        assert beliefs.f1(text, "red-lamp blue-door") == pytest.approx(score)
+        rows, length = [{"state": text, "observation": text}], len(text.split())
+        for stage, cost in {"encode": 0.1, "transition": 0, "decode": 0}.items():
+            g = 0.1 * valid - cost * length
+            assert beliefs.own_rewards(stage, rows, 0.1, 0.5).tolist() == pytest.approx([g])
 
 
 def test_warm_texts():
@@ -271,14 +265,15 @@ def test_main_resumes_draws_from_files_and_refuses(tmp_path, monkeypatch, capsys
     with pytest.raises(Refused, match=r"'lr': \(0.0003, 0.1\).*choose another --out"):
         beliefs.run_arm("strict", 0, replace(SMALL, lr=0.1), tmp_path)
     paths[0].write_text("{")
-    with pytest.raises(SystemExit, match="error: .*seed-0.json cannot be used"):
-        beliefs.main(command, SMALL)
+    ends_with("error: .*seed-0.json cannot be used", beliefs.main, command, SMALL)
 
 
-def test_bad_flags_are_named(capsys):
-    messages = {"--seeds 0": "0: must be from 1 to 10", "--seed -1": "-1: must be from 0 to 9"}
+@pytest.mark.parametrize("program", [partial(beliefs.main, config=SMALL), atod.parse])
+def test_bad_flags_of_the_companions_are_named(program, capsys):
+    messages = {"--seeds 0": "0: must be from 1 to 10", "--seed -1": "-1: must be from 0 to"}
     messages |= {"--seeds 11": "11: must be from", "--arms stric": "invalid choice: 'stric'"}
+    if program is atod.parse:
+        messages["--seed 1 --seeds 2"] = "not allowed with"
     for flags, message in messages.items():
-        with pytest.raises(SystemExit):
-            beliefs.main(flags.split(), SMALL)
+        ends_with("2", program, flags.split())
         assert message in capsys.readouterr().err

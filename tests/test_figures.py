@@ -10,13 +10,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from conftest import ends_with
 from lab import figures, tables
-from lab.measures import bootstrap_interval, seed_interval
+from lab.experiments import DEFAULTS
+from lab.measures import bootstrap_interval
 from lab.runs import Refused
 
-FLAGS = {"updates": 8, "problems": "generated", "eval_problems": 2, "senior": "tiny"}
-FLAGS |= {"junior": "some/where", "senior_language": "en", "junior_language": "en"}
-FLAGS |= {"handoff": "word", "p": 0.5, "solo": False, "imitation": False}
+FLAGS = DEFAULTS | {"updates": 8, "eval_problems": 2, "junior": "some/where"}
 MEASURES = dict.fromkeys(["solo", "handoff", "word", *tables.CONTINUED], [1, 0])
 MEASURES |= {"legibility": [0.5, 0.3], "drift": [0.2, 0.1], "right_of_8": [8, 1]}
 GOOD = dict(n=4, accuracy=0.5, jargon=0.5, languages={"en": 0.25, "de": 0.75})
@@ -49,14 +49,9 @@ def write_seed(folder, *evaluations, measures=(), flags=(), **added):
 
 def draw(folder, setting, name):
     """One figure, which is not written."""
+    plt.close("all")
     runs = tables.read_runs(folder, figures.arms_of(folder, setting))
     return figures.FIGURES[setting][name](folder, runs)
-
-
-@pytest.fixture(autouse=True)
-def _no_figure_stays_open():
-    yield
-    plt.close("all")
 
 
 def test_differences_by_hand(tmp_path):
@@ -85,21 +80,12 @@ def test_differences_by_hand(tmp_path):
 
 def test_the_bootstrap_sees_seeds_and_problems():
     """Two seeds that disagree completely: 0 to 1. Seeds that agree on a half of 400 problems: as
-    the normal interval of 1200. Equal measures differ by 0, because problems stay together."""
+    the normal interval of 1200."""
     assert bootstrap_interval(np.stack([np.zeros((50, 1)), np.ones((50, 1))])) == (0.0, 1.0)
     rng = np.random.default_rng(1)
     half = np.stack([rng.permutation([0.0, 1.0] * 200) for _ in range(3)])[:, :, None]
     low, high = bootstrap_interval(half)
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(1200), rel=0.15)
-    same = np.concatenate([half, half], 2)
-    assert bootstrap_interval(same, lambda means: means[0] - means[1]) == (0.0, 0.0)
-
-
-def test_the_interval_over_seeds_covers_what_it_says():
-    """Five seeds that scatter around 0: about 95 % of 400 intervals contain 0."""
-    rng = np.random.default_rng(2)
-    intervals = [seed_interval(rng.normal(size=5).tolist()) for _ in range(400)]
-    assert 0.92 < np.mean([low <= 0 <= high for low, high in intervals]) < 0.98
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,7 +101,6 @@ def test_pooling(tmp_path):
     (point,) = tables.pooled(runs, "senior", "accuracy").itertuples()
     assert point == pytest.approx((0, 50, 21.52, 78.48), abs=1e-2)
     assert list(tables.pooled(runs, "senior", "languages.fr").loc[0])[:2] == [0, 0]
-    assert tables.by_seed(runs, "senior", "accuracy").to_dict("list")[0] == [0.75, 1]
 
 
 def test_table(tmp_path):
@@ -176,10 +161,6 @@ def test_comparisons_by_hand(tmp_path):
     assert handoff == "+0.0 [+0.0, +0.0] [+0.0, +0.0]"
     assert retention.endswith("[+nan, +nan]")
     assert drift == "**-0.2000 [-0.2000, -0.2000] [-0.2000, -0.2000]** |"
-    points, nats = figures.rlvr(tmp_path, runs).axes
-    # In the end the line at 0.
-    assert values_in(points)[:4] == pytest.approx([25, 0, 0, 0])
-    assert values_in(nats) == pytest.approx([0, -0.2, 0])
     write_seed(tmp_path / "rlvr-solo" / "seed-0", (1, 1, 1), flags={"problems": "varied"})
     with pytest.raises(Refused, match="not measured alike"):
         tables.table_of_measures(tmp_path, runs)
@@ -190,14 +171,6 @@ def test_comparisons_by_hand(tmp_path):
 
 RESULTS = Path(__file__).parent.parent / "results"
 COMMITTED = [p for p in sorted(RESULTS.glob("*/figures/*.png")) if p.stem != "rollouts"]
-
-
-def texts_in(ax):
-    return [text.get_text() for text in ax.texts]
-
-
-def values_in(ax):
-    return [line.get_xdata()[0] for line in ax.lines]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]} {path.stem}")
@@ -214,7 +187,7 @@ def test_committed_figures_are_those_of_the_committed_rows(path, tmp_path):
 
 def test_curves(tmp_path):
     """Pooled with a band, or a line per seed where they disagree: 0 and 100 %. The control is drawn
-    though it is of another setting."""
+    though it is of another setting. Each pair of languages has a row of panels."""
     for arm, jargon in {"tandem": (0, 1), "solo": (0.5, 0.5), "imitation": (1, 1)}.items():
         for seed in (0, 1):
             write_seed(tmp_path / arm / f"seed-{seed}", (1, jargon[seed], 1), (1, 0.5, 1), n=400)
@@ -224,16 +197,12 @@ def test_curves(tmp_path):
     assert labels == ["tandem training", "standard RL", "imitation only", "junior alone"]
     about = "Junior: where. Problems: generated, 400 solutions per point and seed. Seeds per arm: 2"
     assert about in " ".join(figure.get_supxlabel().split())
-
-
-def test_a_row_of_panels_per_pair_of_languages(tmp_path):
     flags = {"senior_language": "de", "junior_language": "xx"}
-    write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1))
     write_seed(tmp_path / "de-fr-tandem" / "seed-0", (1, 1, 1), flags=flags)
-    figure = draw(tmp_path, "control", "control")
-    labels = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::3]]
+    rows = draw(tmp_path, "control", "control").axes
+    labels = [ax.get_ylabel().splitlines()[0] for ax in rows[::3]]
     assert labels == ["English → English", "German → xx"]
-    assert [ax.lines[-1].get_ydata()[0] for ax in figure.axes[2::3]] == [25, 0]
+    assert [ax.lines[-1].get_ydata()[0] for ax in rows[2::3]] == [25, 0]
 
 
 def test_the_sweep(tmp_path):
@@ -246,43 +215,10 @@ def test_the_sweep(tmp_path):
     (tmp_path / "c-0.3-j0" / "seed-0" / "stopped.txt").touch()
     write_seed(tmp_path / "test-c0-j1" / "seed-0", (1, 1, 1), (1, 1, 1))
     accuracy, until = draw(tmp_path, "sweep", "sweep").axes
-    assert texts_in(accuracy) == ["50", "75", "75"]
-    assert texts_in(until) == ["never", "never", "4"]
+    assert [text.get_text() for text in accuracy.texts] == ["50", "75", "75"]
+    assert [text.get_text() for text in until.texts] == ["never", "never", "4"]
     # Of the cells from above, the second and the third are the best.
     assert [frame.get_edgecolor()[0] > 0.8 for frame in accuracy.patches] == [0, 1, 1]
-
-
-def test_granularity(tmp_path):
-    """Jargon at update 8, and accuracy at the end. Solo has no handoffs."""
-    evaluations = (1, 1, 1), (1, 1, 1), (0.5, 0.25, 1), (0.75, 0, 1)
-    for arm in ("solo", "tandem", "p-0.25"):
-        write_seed(tmp_path / arm / "seed-0", *evaluations)
-    write_seed(tmp_path / "token" / "seed-0", (1, 1, 1))  # it has just begun
-    jargon, right = draw(tmp_path, "granularity", "granularity").axes
-    labels = [label.get_text() for label in jargon.get_yticklabels()]
-    assert labels == ["p-0.25: 8.0", "tandem: 8.0", "token: 8.0", "solo: 0.0"]
-    assert values_in(jargon) == [25, 25, 100, 25]
-    assert values_in(right) == [75, 75, 100, 75]
-
-
-def test_figure_1(tmp_path):
-    """Of two problems that go from wrong to right the one with jargon is taken. In the middle is
-    the first evaluation with another verdict."""
-    samples = []
-    for question, text in {"Why pay $3 or $4?": "3+4=7.", "Why 7?": "3+4=<<3+4="}.items():
-        for update in range(5):
-            spans = [["senior", "3+4=" if update > 2 else text], ["junior", "7"]]
-            of_pair = SAMPLE | {"question": question, "update": update, "spans": spans}
-            samples += [of_pair | {"reward": int(update > 2)}, of_pair | {"who": "senior"}]
-    write_seed(tmp_path / "tandem" / "seed-0", (1, 1, 1))
-    write_rows(tmp_path / "tandem" / "seed-0" / "samples.jsonl", *samples)
-    figure = draw(tmp_path, "skill", "skill-figure1")
-    assert figure.get_suptitle() == "Why 7? (Answer: 7)"
-    assert figure.axes[1].get_title("left") == "update 3: right"
-    assert texts_in(figure.axes[0]) + texts_in(figure.axes[1]) == ["3+4=<<3+4=7", "3+4=7"]
-    assert figure.get_supxlabel().endswith("(1 of them).")
-    blue = figure.axes[1].images[0].get_array()[0, :5, 2]
-    assert (blue == [0.97] * 4 + [0.6]).all()
 
 
 def test_long_lines_are_wrapped():
@@ -306,5 +242,6 @@ def test_what_is_written_and_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     for line in ("stray is left out", "| tandem | 8.0 | 2.0 | – | – |", "shuffled is left out"):
         assert line in printed
-    with pytest.raises(SystemExit, match=r"nowhere has no .*: run run_gsm8k\.py first"):
-        figures.main(tmp_path / "nowhere")
+    ends_with(r"nowhere has no .*: run run_gsm8k\.py first", figures.main, tmp_path / "nowhere")
+    (tmp_path / "tandem" / "seed-0" / "config.json").write_text("{")
+    ends_with("tandem/seed-0/config.json cannot be used", figures.main, tmp_path)

@@ -16,6 +16,7 @@ from test_interruptions import contents, copy, finished  # noqa: F401  fixtures
 from test_runner import command, gsm8k  # noqa: F401  a fixture
 
 import run_gsm8k
+from conftest import ends_with
 
 
 class Hostile:
@@ -61,6 +62,14 @@ def script_without_problems(path, marker):
     path.write_text(f"import os\nos.mkdir({str(marker)!r})\n")
 
 
+def cut_off(path, marker):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def containing(content):
+    return lambda path, marker: path.write_bytes(content)
+
+
 CODE = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
 # AutoConfig knows T5 and AutoModelForCausalLM does not, so only the named code could be run.
 NO_CAUSAL_MODEL = {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "hostile.Model"}}
@@ -75,6 +84,8 @@ HOSTILE = {
     "base/tokenizer.json": pickled,
     "base/generation_config.json": pickled,
     "base/chat_template.jinja": template,
+    "base/chat_template.jinja that fails": containing(b"{{ raise_exception('no') }}"),
+    "base/chat_template.jinja without the question": containing(b"Hi"),
     "base/model.safetensors": pickled,
     "base/pytorch_model.bin": weights_as_pickle,
     "base/adapter_config.json": pickled,
@@ -82,6 +93,12 @@ HOSTILE = {
     "problems/test.jsonl": pickled,
     "problems/problems.py": script_without_problems,
 }
+# A damaged file is refused in the same way.
+DAMAGED = """run/state.pt run/config.json specialist/adapter.pt base/config.json base/tokenizer.json
+base/generation_config.json base/model.safetensors base/tokenizer_config.json""".split()
+NOT_FETCHED = b"version https://git-lfs.github.com/spec/v1\n"
+DAMAGE = {"cut off": cut_off, "empty": containing(b""), "not fetched": containing(NOT_FETCHED)}
+HOSTILE |= {f"{file} {kind}": DAMAGE[kind] for file in DAMAGED for kind in DAMAGE}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -100,10 +117,9 @@ def test_hostile_files_are_refused_and_not_run(copy, base_folder, tmp_path, monk
     before = contents(folder)
     monkeypatch.setattr(run_gsm8k, "_pair", [])
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(SystemExit) as stop:
-        run_gsm8k.main(argument)
     remedy = "(restore|expected|Name a local folder|choose another|holds train.jsonl and test)"
-    # Without DOTALL: all of it is in one line.
-    assert re.fullmatch(f"error: .*{re.escape(str(folder))}.*{remedy}.*", str(stop.value))
+    # All of it is in one line, for a dot matches no line break.
+    message = rf"\Aerror: .*{re.escape(str(folder))}.*{remedy}.*\Z"
+    ends_with(message, run_gsm8k.main, argument)
     assert not marker.exists()
     assert contents(folder) == before

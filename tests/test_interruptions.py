@@ -1,6 +1,6 @@
 """Interrupted runs, and folders that cannot be used: the right result, or one message.
 
-Kills at random moments are in tests/kill.py, bad command lines and files in tests/bad_input.py.
+Kills at random moments are in tests/kill.py, damaged and hostile files in tests/test_hostile.py.
 """
 
 import os
@@ -10,6 +10,7 @@ import pytest
 from test_runner import command, everything, metrics  # noqa: F401  a fixture
 
 import run_gsm8k
+from conftest import ends_with
 from lab import experiments, jobs, runs
 from run_gsm8k import main
 
@@ -35,6 +36,18 @@ def copy(finished, command, tmp_path):  # noqa: F811
 def contents(folder):
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+def fail_to_replace(patch, name, error):
+    """No file of this name can be replaced by its draft."""
+    real = os.replace
+
+    def replace(draft, path):
+        if path.name == name:
+            raise error
+        real(draft, path)
+
+    patch.setattr(os, "replace", replace)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,8 +79,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "save_state", interrupted)
         for more in ([], ["--resume"]):
-            with pytest.raises(SystemExit, match="130"):
-                main([*other, *more])
+            ends_with("130", main, [*other, *more])
             (line,) = capsys.readouterr().err.splitlines()
             assert line == "interrupted: the same command with --resume goes on"
     main([*other, "--resume"])
@@ -78,25 +90,15 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
     assert sum(line.startswith(b'{"update": 1,') for line in lines) == 2
     assert everything(tmp_path / "other", arm) == everything(tmp_path / "runs", arm)
     assert metrics(tmp_path / "runs", arm)[1]["loss"] is not None
-    before = contents(folder)
-    main([*other, "--resume"])  # a finished run is not made again
-    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("moment", ["adapter.pt", "config.json", "state.pt"])
 def test_an_interruption_of_the_first_save(finished, command, tmp_path, monkeypatch, moment):  # noqa: F811
     """Before anything is complete: of the specialist, and of the first files."""
-    flags, real = [*finished[0], "--out", str(tmp_path / "runs")], os.replace
-
-    def replace(draft, path):
-        if path.name == moment:
-            raise KeyboardInterrupt
-        real(draft, path)
-
+    flags = [*finished[0], "--out", str(tmp_path / "runs")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(SystemExit, match="130"):
-            main(flags)
+        fail_to_replace(patch, moment, KeyboardInterrupt())
+        ends_with("130", main, flags)
     main([*flags, "--resume"])
     assert everything(tmp_path / "runs") == everything(finished[1])
     assert not list((tmp_path / "runs").rglob("*draft*"))
@@ -108,20 +110,15 @@ def test_an_interruption_of_the_first_save(finished, command, tmp_path, monkeypa
 
 def test_a_run_goes_on_with_its_own_flags_and_base(copy):
     command, folder = copy  # noqa: F811
-    with pytest.raises(SystemExit, match="already holds a run: add --resume"):
-        main(command[:-1])
-    with pytest.raises(SystemExit, match="was begun with lr = 0.001: resume it so"):
-        main([*command, "--lr", "0.5"])
+    ends_with("already holds a run: add --resume", main, command[:-1])
+    ends_with("was begun with lr = 0.001: resume it so", main, [*command, "--lr", "0.5"])
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('checksum": "', 'checksum": "0123'))
-    with pytest.raises(SystemExit, match="was begun with problems-checksum = 0123"):
-        main(command)
+    ends_with("was begun with problems-checksum = 0123", main, command)
     (folder / "config.json").write_text(config.replace('"base": "', '"base": "tiny-0123'))
-    with pytest.raises(SystemExit, match="was begun with base = tiny-0123.*another --out"):
-        main(command)
+    ends_with("was begun with base = tiny-0123.*another --out", main, command)
     (folder / "state.pt").unlink()  # as in a clone
-    with pytest.raises(SystemExit, match="has rows, but no state.pt"):
-        main(command)
+    ends_with("has rows, but no state.pt", main, command)
 
 
 def test_a_second_process_is_refused(copy, monkeypatch):
@@ -144,16 +141,10 @@ def test_a_second_process_is_refused(copy, monkeypatch):
 
 def test_files_are_replaced_as_a_whole(copy, monkeypatch):
     command, folder = copy  # noqa: F811
-    before, real = (folder / "state.pt").read_bytes(), os.replace
-
-    def full(draft, path):
-        if path.name == "state.pt":
-            raise OSError(28, "No space left on device")
-        real(draft, path)
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SystemExit, match="cannot write .*state.pt .*No space left.*another --out"):
-        main([*command, "--updates", "3"])
+    before = (folder / "state.pt").read_bytes()
+    fail_to_replace(monkeypatch, "state.pt", OSError(28, "No space left on device"))
+    message = "cannot write .*state.pt .*No space left.*another --out"
+    ends_with(message, main, [*command, "--updates", "3"])
     assert (folder / "state.pt").read_bytes() == before
 
 
@@ -168,5 +159,4 @@ def test_a_specialist_that_is_not_finite_stops_its_runs(command, monkeypatch):  
         next(p for p in senior.parameters() if p.requires_grad).data[0, 0] = float("nan")
 
     monkeypatch.setattr("lab.specialist.fine_tune", diverge)
-    with pytest.raises(SystemExit, match="(?s)(logits of a model are not finite.*){2}"):
-        main(command)
+    ends_with("(?s)(logits of a model are not finite.*){2}", main, command)

@@ -1,6 +1,5 @@
-"""Every metric by hand."""
-
-import math
+"""Metrics by hand, but for the distance from the junior (test_measures.py) and Wilson's interval
+(test_figures.py)."""
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ import torch
 import metrics
 from conftest import rollouts_of
 from lab.problems import LANGUAGES
-from metrics import count_handoffs, distance_from_junior, language_of, wilson_interval
+from metrics import count_handoffs, language_of
 
 
 def test_language_looks_at_words_only():
@@ -61,24 +60,3 @@ def test_batch_statistics_by_hand():
     rollouts = rollouts_of([[5, 6, 7]] * 2, *masks, texts=["1 >>", "1"])
     found = metrics.batch_statistics(rollouts, torch.tensor([0.0, 0.5]))
     assert found == dict(reward=0.25, jargon=0.5, senior_share=0.8, handoffs=1.0, tokens=5)
-
-
-def test_distance_from_junior_by_hand():
-    """The senior has 1/2, 1/2 and the junior 1/4, 3/4; written are tokens 0 and 1, then padding.
-
-    legibility, at T = 1: (ln 4 + ln 4/3) / 2. drift at T = 2, at which the junior has 1 and sqrt(3)
-    over 1 + sqrt(3): -ln(4 * both) / 2. An empty solution has the value 0.
-    """
-    senior, junior = (torch.tensor(x).log().expand(2, 3, 2) for x in ([0.5, 0.5], [0.25, 0.75]))
-    ids, mask = torch.tensor([[0, 1, 0]] * 2), torch.tensor([[1, 1, 0], [0, 0, 0]])
-    found = distance_from_junior(senior, junior, ids, mask, 2.0)
-    drift = math.log((1 + 3**0.5) ** 2 / (4 * 3**0.5)) / 2
-    assert found["legibility"].tolist() == pytest.approx([math.log(16 / 3) / 2, 0])
-    assert found["drift"].tolist() == pytest.approx([drift, 0], rel=1e-5)
-
-
-def test_wilson_by_hand():
-    """10 of 10: low = 10 / (10 + 1.96 ** 2) = 0.7225. 1 of 2 is symmetric about a half."""
-    cases = {(10, 10): (0.7225, 1.0), (0, 10): (0.0, 0.2775), (1, 2): (0.0945, 0.9055)}
-    for proportion, interval in cases.items():
-        assert wilson_interval(*proportion) == pytest.approx(interval, abs=1e-4)

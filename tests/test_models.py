@@ -5,25 +5,22 @@ import shutil
 from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from math import nan
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from test_runner import command, gsm8k  # noqa: F401  a fixture
-from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Phi3Config
+from transformers import LlamaForCausalLM, Phi3Config
 
 import run_gsm8k
-from conftest import llama
+from conftest import ends_with, llama
 from lab import models
 from lab.experiments import DEFAULTS
-from lab.models import encode, identity, lora_layers, reset_adapter, token_bytes
+from lab.models import encode, identity, lora_layers, reset_adapter
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import loss
-from rollout import random_numbers, rollout
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 IN_BOTH = pytest.mark.parametrize("four_bit", [False, True])
@@ -72,8 +69,7 @@ def test_one_checkpoint_is_loaded_once(base_folder, four_bit):
 
 @IN_BOTH
 def test_one_pass_serves_both(base_folder, four_bit):
-    """The first half of the rows is the senior's, the rest the junior's: as in passes of their own,
-    and so are the rollouts."""
+    """The first half of the rows is the senior's, the rest the junior's, as in their own passes."""
     pair = load(base_folder, four_bit=four_bit)
     move_adapter(pair)
     ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [20, 30, 40, 50], [4, 4, 9, 9]])
@@ -82,12 +78,6 @@ def test_one_pass_serves_both(base_folder, four_bit):
         apart = torch.cat([senior[:2], pair.junior(input_ids=ids[2:]).logits])
     assert torch.allclose(both, apart, atol=1e-4)
     assert not torch.allclose(both, senior, atol=1e-2)
-    if not four_bit:
-        pair.senior.double()
-        asked = [[5, 6], [7], [8, 9, 10]], [[6], [7, 8], [9, 9]], *random_numbers(3, 20, seed=1)
-        one, two = rollout(pair, *asked), rollout(replace(pair, both=None), *asked)
-        assert torch.equal(one.completion_ids, two.completion_ids)
-        assert torch.equal(one.senior_mask, two.senior_mask)
 
 
 @IN_BOTH
@@ -161,7 +151,7 @@ def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
 
 
 def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, tmp_path):  # noqa: F811
-    """A base in place of another gets a specialist of its own, and resumes no run."""
+    """A base in place of another gets a specialist of its own."""
     base, made = shutil.copytree(base_folder, tmp_path / "final"), []
     run = [*command, "--senior", str(base), "--junior", str(base), "--arms", "tandem"]
     for seed in (1, 2):
@@ -171,9 +161,6 @@ def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, t
         run_gsm8k.main(run)
         made.append(torch.load(tmp_path / "runs" / "specialist" / "en" / "seed-0" / "adapter.pt"))
     assert made[0]["flags"]["base"] != made[1]["flags"]["base"]
-    retrain(base, seed=3)
-    with pytest.raises(SystemExit, match="begun with base = final-[0-9a-f]*, junior-base = final-"):
-        run_gsm8k.main([*run, "--resume"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,6 +174,14 @@ REFUSED = [
     ("config", {}, "--junior tiny", "one tokenizer, but have 317 and 765 tokens, and 118"),
     ("config", {}, "--problems BASE", "'.*#### 2': .* tokens exceed the 1023 for .*: shorten"),
     ("config", {"max_position_embeddings": 99}, "", "Answer:': .* exceed the 91 for .*: shorten"),
+    ("config", {"hidden_size": 16}, "", "cannot load '.*base' .*Name a local folder"),
+    (
+        "config",
+        {"vocab_size": 2},
+        "",
+        "a model lacks the end token|a model lacks the token .*resize",
+    ),
+    ("config", {"model_type": "vit"}, "", "cannot load '.*base' .*Name a local folder"),
     ("config", {"num_hidden_layers": 3}, "", "lacks weights .*layers.2.*save it again"),
     ("tokenizer_config", {"eos_token": None}, "", "lacks the end token None: set eos_token"),
     ("tokenizer_config", {"eos_token": "<end>"}, "", "lacks the end token <end>: set eos_token"),
@@ -203,40 +198,34 @@ def test_a_base_is_refused_before_fine_tuning(command, base_folder, tmp_path, mo
     file.write_text(json.dumps(content | changes))
     monkeypatch.setattr(run_gsm8k, "_pair", [])
     flags = f"--senior BASE --junior BASE {flags}".replace("BASE", str(base))
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        run_gsm8k.main([*command, *flags.split()])
+    ends_with(f"^error: .*{message}", run_gsm8k.main, [*command, *flags.split()])
     assert not (tmp_path / "runs" / "specialist").exists()
 
 
-def test_capped_logits_are_refused(tmp_path, tokenizer):
-    """Gemma 2 caps its logits after the output layer, which lab/engine.py would miss."""
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    sizes |= dict(num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5)
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="Gemma2ForCausalLM. cannot be trained .*it does not compute"
-    ):
-        load(tmp_path)
-
-
-def test_decoding_that_differs_from_a_plain_pass_is_refused(base_folder, monkeypatch):
-    """As of an architecture that ignores the positions that it is given: here they are zero."""
+@pytest.mark.parametrize("fault", ["logits are capped", "positions are ignored"])
+def test_what_differs_from_a_plain_pass_is_refused(base_folder, monkeypatch, fault):
+    """Gemma 2 caps its logits after the output layer, which lab/engine.py would miss. Padding on
+    the left needs a model that heeds the positions it is given: here all are zero."""
     real = LlamaForCausalLM.forward
 
     def forward(self, *args, position_ids=None, **kwargs):
-        position_ids = None if position_ids is None else 0 * position_ids
-        return real(self, *args, position_ids=position_ids, **kwargs)
+        if fault == "positions are ignored" and position_ids is not None:
+            position_ids = 0 * position_ids
+        output = real(self, *args, position_ids=position_ids, **kwargs)
+        if fault == "logits are capped":
+            output.logits = output.logits.tanh()
+        return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) .*it does not compute"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) cannot be .*it does not compute"):
         load(base_folder)
 
 
-@pytest.mark.parametrize(
-    ("distances", "agree"),
-    [([0.5, 0.0, 0.0], True), ([0.5, 0.0, 0.5], False), ([0.0, nan, nan], False)],
-)
+# The distances under three adapters, and whether the pair is accepted.
+ADAPTERS = [([0.5, 0.0, 0.0], True), ([0.5, 0.0, 0.5], False), ([0.0, nan, nan], False)]
+
+
+@pytest.mark.parametrize(("distances", "agree"), ADAPTERS)
 def test_most_adapters_must_agree(base_folder, monkeypatch, distances, agree):
     """One unlucky adapter may amplify the rounding of bfloat16."""
     monkeypatch.setattr(models, "compare_with_plain_passes", lambda pair, seed: distances[seed])
@@ -248,17 +237,13 @@ def test_most_adapters_must_agree(base_folder, monkeypatch, distances, agree):
 # Text and tokens
 
 
-def test_end_tokens_write_nothing(base_folder, tokenizer, tmp_path):
-    """<|eot_id|> of Llama 3 is special without being listed; a generation config names others."""
-    copy = deepcopy(tokenizer)
-    copy.add_tokens([AddedToken("<|eot_id|>", special=True), "▁größer"])
-    assert token_bytes(copy, len(copy))[-2:] == [b"", "▁größer".encode()]
-    assert token_bytes(copy, len(copy))[5] != b""
+def test_end_tokens_write_nothing(base_folder, tmp_path):
+    """A generation config names end tokens that the tokenizer does not."""
     folder = shutil.copytree(base_folder, tmp_path / "base")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     pair = load(folder)
     assert pair.end_ids == [1, 5]
-    assert pair.pieces[5] == b""
+    assert pair.pieces[5] == b"" != pair.pieces[6]
 
 
 def test_start_tokens_are_not_doubled(tokenizer):
@@ -294,14 +279,12 @@ def test_what_a_tokenizer_appends_is_left_out(tokenizer, pattern):
 
 
 def test_fine_tuning_learns_what_it_is_shown(base_folder):
-    """From a random model to the solution itself, greedily."""
+    """From a random model to one whose likeliest tokens are the solution."""
     pair = load(base_folder, rank=8)
     tokenizer, texts = pair.senior_tokenizer, [("Natalia", "sold 48 clips")] * 8
     ((prompt, solution),) = encode_examples(tokenizer, texts[:1])
     assert tokenizer.decode(solution) == " sold 48 clips</s>"
     options = dict(steps=60, batch=8, micro_tokens=4096, lr=3e-2, seed=0, label="test")
     fine_tune(pair.senior, tokenizer, texts, **options)
-    ids = torch.tensor([prompt])
-    for _ in solution:
-        ids = torch.cat([ids, pair.senior(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-    assert ids[0].tolist() == prompt + solution
+    likeliest = pair.senior(input_ids=torch.tensor([prompt + solution])).logits[0].argmax(-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == solution

@@ -92,13 +92,19 @@ def write(folder, split, *rows) -> str:
 
 
 STEP = "1+1 = <<1+1=2>>2\n"
-BAD = ["not json", "{}", '{"question": "Q"}', '{"question": "Q", "answer": "no mark"}', "[1]"]
+GOOD = '{"question": "Q", "answer": "#### 2"}'
+# One line each. The last three are no UTF-8, or begin with a mark that JSON does not allow.
+BAD = r"""text | {} | [1] | {"question": "Q | {"question": "Q"} | {"question": "Q", "answer": "2"}
+{"question": "Q", "answer": "#### many"} | {"question": "Q", "answer": 2}
+{"question": " \n", "answer": "#### 2"} | {"question": null, "answer": "#### 2"}"""
+BAD = [line.encode() for line in BAD.replace("\n", " | ").split(" | ")]
+BAD += ["Wie groß?".encode("latin-1"), GOOD.encode("utf-16"), b"\xef\xbb\xbf" + GOOD.encode()]
 
 
-@pytest.mark.parametrize("bad", [*BAD, '{"question": "Q", "answer": 5}'])
+@pytest.mark.parametrize("bad", BAD)
 def test_a_malformed_line_is_named(tmp_path, bad):
     write(tmp_path, "train", ("Q", STEP + "#### 2"), ("Q", "#### 3"))
-    (tmp_path / "train.jsonl").open("a").write(f"\n{bad}\n")
+    (tmp_path / "train.jsonl").open("ab").write(b"\n" + bad + b"\n")
     with pytest.raises(ValueError, match="train.jsonl, line 4: expected"):
         load_gsm8k(str(tmp_path), "train")
 
@@ -108,15 +114,6 @@ def test_a_reference_solution_is_right(tmp_path, answer):
     """It is read by the very rule by which a solution is read."""
     (problem,) = load_gsm8k(write(tmp_path, "test", ("Q", f"{STEP}#### {answer}")), "test")
     assert reward(problem.solutions["en"], problem.gold) == 1.0
-
-
-def test_missing_files(tmp_path):
-    """Also where a file is given instead of its folder. A relative path may be a hub id."""
-    write(tmp_path, "test")
-    for source in (tmp_path, "/no/such/folder", tmp_path / "test.jsonl", "data/gsm8k"):
-        message = f"{source}/train.jsonl is not there, and the hub .*: give a folder that holds"
-        with pytest.raises(FileNotFoundError, match=message):
-            load_gsm8k(str(source), "train")
 
 
 def test_columns_of_the_hub_that_are_no_json(monkeypatch):
@@ -137,4 +134,9 @@ def test_training_problems_are_neither_shown_nor_held_out(tmp_path):
         write(tmp_path, "test", ("T", "#### 2"), (leaked, "#### 2"))
         message = f"2 training and 2 test problems: remove the 1 .* in both, such as '{leaked}'"
         with pytest.raises(ValueError, match=message):
+            tasks.load_problems(run)
+    for train, test, found in ((rows, [], "2 training and 0"), ([], rows[:1], "0 training and 1")):
+        write(tmp_path, "train", *train)
+        write(tmp_path, "test", *test)
+        with pytest.raises(ValueError, match=f"{found} test problems: lower --eval-problems"):
             tasks.load_problems(run)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab import models, problems, tiny
@@ -29,8 +28,8 @@ def test_the_base_solves_some_problems_in_the_language_of_its_cue():
     for problem in problems.generate(20, "test", 5):
         for word in problem.question.split()[:8]:
             assert len(tokenizer(f" {word.strip(',.?')}").input_ids) == 1
-        ids = torch.tensor([tokenizer(problems.prompt(problem.question, "de")).input_ids])
-        text = tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0])
+        asked = tokenizer(problems.prompt(problem.question, "de"), return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(asked, max_new_tokens=80, do_sample=False)[0])
         assert "Antwort: Sie" in text
         right += f"#### {problem.gold}" in text
     assert right >= 5

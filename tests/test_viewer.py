@@ -8,20 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import rollouts_of
 from lab import viewer
 from lab.experiments import DEFAULTS
 from lab.runs import Refused
-from rollout import Pair, Rollouts
+from rollout import Pair
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "results" / "tiny"
 NASTY = "</script><img src=x onerror=alert(1)> <!-- & \u2028 \U0001f600"
-
-
-def rollouts_of(ids: list[int], by_senior: list[int]) -> Rollouts:
-    ids, by_senior = torch.tensor([ids]), torch.tensor([by_senior])
-    ones = torch.ones_like(ids)
-    return Rollouts(ids, ones, ids, ones, ids, ones, by_senior, [""])
 
 
 def data_of(page: Path) -> dict:
@@ -30,14 +25,9 @@ def data_of(page: Path) -> dict:
     return json.loads(re.search(r'(\{"runs":.*?"missing":\d+\})', text)[1])
 
 
-def test_author_spans_by_hand():
-    """Two tokens of one author are decoded together (0xC3 0xB6 is ö)."""
-    found = viewer.author_spans(rollouts_of([0, 1, 2], [1, 1, 0]), [b"sch\xc3", b"\xb6", b"n"])
-    assert found == [[("senior", "schö"), ("junior", "n")]]
-
-
-def test_steps_by_hand(monkeypatch):
-    """The second byte of ö adds it to the text; a candidate that is half of it is spelled out."""
+def test_spans_and_steps_by_hand(monkeypatch):
+    """Two tokens of one author are decoded together (0xC3 0xB6 is ö). In steps the second byte adds
+    ö to the text; a candidate that is half of it is spelled out."""
     pieces = [b"sch\xc3", b"\xb6", b"n", b""]
     probabilities = torch.tensor([[1, 0.25, 0.5, 0.12345]]).log()
     monkeypatch.setattr(viewer.engine, "completion_logprobs", lambda *_: probabilities)
@@ -45,8 +35,9 @@ def test_steps_by_hand(monkeypatch):
     trace = [([4, 5], [9, 0], [9, 2], [True, True]), ([5], [1], [1], [False])]
     trace += [([5], [0], [2], [True]), ([5], [2], [3], [False])]
     pair = Pair(None, None, None, None, [3], pieces)
-    found = viewer.steps(rollouts_of([0, 1, 2, 3], [1, 1, 0, 0]), 5, trace, 0.7, pair)
-    assert found == [
+    one = rollouts_of([[0, 1, 2, 3]], [[1, 1, 0, 0]])
+    assert viewer.author_spans(one, pieces) == [[("senior", "schö"), ("junior", "n")]]
+    assert viewer.steps(one, 5, trace, 0.7, pair) == [
         ["senior", "sch", r"sch\xc3", "n", True, 1.0],
         ["senior", "ö", r"\xb6", r"\xb6", False, 0.25],
         ["junior", "n", r"sch\xc3", "n", True, 0.5],
@@ -73,7 +64,6 @@ def test_the_page_holds_every_kept_rollout(folder):
         texts = {"".join(token[1] for token in rollout["tokens"]) for rollout in shown}
         assert texts == {"".join(text for _, text in sample["spans"]) for sample in kept}
         assert run["evaluations"]["0"]["senior"][0] == 200
-    assert "alone" in data["runs"][1]["about"]
 
 
 def test_no_text_becomes_markup(folder):
@@ -87,60 +77,50 @@ def test_no_text_becomes_markup(folder):
     assert data_of(page)["runs"][0]["problems"][0][0] == NASTY
 
 
-def test_the_page_has_the_first_seed_or_the_named_arms(folder, capsys):
+def test_which_runs_are_on_the_page(folder, capsys):
+    """The first seed, or all seeds of named arms; none before its first row."""
+
+    def shown(*arms):
+        data = data_of(viewer.draw_page(folder, arms))
+        return [(run["arm"], run["seed"]) for run in data["runs"]], data["missing"]
+
     shutil.copytree(folder / "tandem" / "seed-0", folder / "tandem" / "seed-1")
-    data = data_of(viewer.draw_page(folder))
-    assert ([run["seed"] for run in data["runs"]], data["missing"]) == ([0, 0], 1)
+    assert shown() == ([("tandem", 0), ("solo", 0)], 1)
     assert "name arms" in capsys.readouterr().out
-    data = data_of(viewer.draw_page(folder, ["tandem"]))
-    assert ([run["seed"] for run in data["runs"]], data["missing"]) == ([0, 1], 0)
-
-
-def test_without_samples_there_is_no_page(tmp_path):
+    assert shown("tandem") == ([("tandem", 0), ("tandem", 1)], 0)
+    (folder / "tandem" / "seed-0" / "metrics.jsonl").unlink()
+    assert shown("tandem") == ([("tandem", 1)], 0)
     with pytest.raises(Refused, match="no run of any arm has kept rollouts"):
-        viewer.draw_page(tmp_path)
+        viewer.draw_page(folder / "solo")
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({}, "by senior and junior together. The update is reinforce with true rewards"),
-        ({"solo": True, "algorithm": "grpo"}, "by the senior alone. The update is grpo"),
-        ({"imitation": True, "rewards": "shuffled"}, "by the junior alone.* shuffled rewards"),
-        ({"junior_weight": 0.3, "wrong_weight": -0.1}, r"j = 0\.3, and wrong solutions c = -0\.1"),
-        ({"handoff": "redraw", "p": 0.25}, "“redraw”, p = 0.25 for the senior"),
-        ({"senior_language": "de", "junior_language": "fr"}, "in “de”, the junior in “fr”"),
-    ],
-)
+TRAINED = [  # (flags, what is said of them)
+    ({}, "by senior and junior together. The update is reinforce with true rewards"),
+    ({"solo": True, "algorithm": "grpo"}, "by the senior alone. The update is grpo"),
+    ({"imitation": True, "rewards": "shuffled"}, "by the junior alone.* shuffled rewards"),
+    ({"junior_weight": 0.3, "wrong_weight": -0.1}, r"j = 0\.3, and wrong solutions c = -0\.1"),
+    ({"handoff": "redraw", "p": 0.25}, "“redraw”, p = 0.25 for the senior"),
+    ({"senior_language": "de", "junior_language": "fr"}, "in “de”, the junior in “fr”"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), TRAINED)
 def test_how_a_run_was_trained(given, said):
     assert re.search(said, viewer.describe_training(DEFAULTS | given))
 
 
-def rollouts_of_problem(alone: bool, *pair: tuple[bool, bool]) -> list[dict]:
-    """The senior alone before training is right or not; the pair is right, has jargon."""
-    joint = [{"who": "tandem", "right": right, "jargon": jargon} for right, jargon in pair]
-    return [{"who": "senior", "right": alone, "jargon": True}, *joint]
+# Whether the senior alone is right, and then the pair before, during and after training; j: with
+# jargon.
+RANKS = {"right wrong-j wrong-j right": 3, "wrong wrong-j right": 2, "right wrong right": 2}
+RANKS |= {"right wrong-j right-j": 2, "right right-j right": 1, "right right wrong": 0, "right": 0}
 
 
-@pytest.mark.parametrize(
-    ("rollouts", "rank"),
-    [
-        (rollouts_of_problem(True, (False, True), (False, True), (True, False)), 3),
-        (rollouts_of_problem(False, (False, True), (True, False)), 2),
-        (rollouts_of_problem(True, (False, False), (True, False)), 2),
-        (rollouts_of_problem(True, (False, True), (True, True)), 2),
-        (rollouts_of_problem(True, (True, True), (True, False)), 1),
-        (rollouts_of_problem(True, (True, False), (False, False)), 0),
-        (rollouts_of_problem(True), 0),
-    ],
-)
-def test_the_rank_of_an_example(rollouts, rank):
-    assert viewer.rank_example(rollouts) == rank
-
-
-def test_a_run_before_its_first_row_is_not_on_the_page(folder):
-    (folder / "tandem" / "seed-0" / "metrics.jsonl").unlink()
-    assert [run["arm"] for run in data_of(viewer.draw_page(folder))["runs"]] == ["solo"]
+@pytest.mark.parametrize("verdicts", RANKS)
+def test_the_rank_of_an_example(verdicts):
+    rollouts = []
+    for who, verdict in zip(["senior", *["tandem"] * 3], verdicts.split()):
+        rollouts.append({"who": who, "right": "right" in verdict, "jargon": "-j" in verdict})
+    assert viewer.rank_example(rollouts) == RANKS[verdicts]
 
 
 @pytest.mark.parametrize("copy", sorted((ROOT / "docs").glob("*.html")), ids=lambda path: path.stem)
