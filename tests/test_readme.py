@@ -21,11 +21,12 @@ STATED = {
     "README.md": """
 qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 10
-qwen imitation senior accuracy 10 | qwen solo senior accuracy 10 | qwen tandem junior accuracy 0
+qwen imitation senior accuracy 10 | qwen solo senior accuracy 10 | qwen tandem senior accuracy 20
+qwen tandem junior accuracy 0
 tiny tandem senior jargon 0 | tiny tandem senior jargon 20 | tiny solo senior jargon 28
 tiny imitation senior jargon 8 | tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
-qwen tandem senior jargon 0 | qwen tandem senior accuracy 0 | qwen tandem junior accuracy 0
+qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0 | qwen tandem junior accuracy 0
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
 tiny/dose/0.12 grpo-tandem senior accuracy 0 | controls reinforce-j1 senior accuracy 0
@@ -39,7 +40,7 @@ smol/eval-500 tandem senior accuracy 0 | smol/eval-500 tandem senior accuracy 24
 smol/eval-500 tandem junior accuracy 0 | smol en-de-tandem junior accuracy 0
 tiny tandem senior jargon 20 | qwen tandem senior jargon 5 | tiny solo senior jargon 28
 qwen solo senior jargon 10 | tiny tandem senior accuracy 8 | tiny tandem junior accuracy 0
-qwen tandem senior accuracy 10 | qwen tandem junior accuracy 0
+qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
 tiny de-en-tandem senior languages.en 40 | tiny fr-de-tandem senior languages.en at its highest
 tiny c-0.3-j0.2 senior accuracy 28 | tiny c0-j1 senior accuracy 28""",
 }
@@ -52,6 +53,11 @@ def test_links_lead_somewhere(path):
     assert links
     here = [link for link in links if not link.startswith("http")]
     assert [link for link in here if not (path.parent / link).exists()] == []
+
+
+def test_the_length_of_the_files_is_right():
+    lines = sum(len(path.read_text("utf-8").splitlines()) for path in HERE.glob("*.py"))
+    assert f"{round(lines, -2):,} lines with comments" in README
 
 
 def test_the_idea_can_be_pasted(tmp_path, capsys):
