@@ -26,7 +26,8 @@ qwen tandem junior accuracy 0
 tiny tandem senior jargon 0 | tiny tandem senior jargon 20 | tiny solo senior jargon 28
 tiny imitation senior jargon 8 | tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
-qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0 | qwen tandem junior accuracy 0
+qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
+qwen tandem junior accuracy 0
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
 tiny/dose/0.12 grpo-tandem senior accuracy 0 | controls reinforce-j1 senior accuracy 0
