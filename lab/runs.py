@@ -284,6 +284,8 @@ def ends_if_it_diverges(train: Callable) -> Callable:
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """End the program with one line for what is refused, and at Ctrl-C with the exit code 130."""
+    # Where the output is closed, libraries would fail to write to it.
+    sys.stdout = sys.stdout or io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every encoding has all the characters that models write.
         sys.stdout.reconfigure(errors="replace")
