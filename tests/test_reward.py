@@ -55,10 +55,10 @@ def test_reward():
 @pytest.mark.parametrize("unit", ["1", "1,111", "1 111 ", "1.111,", "-", "#", "$.", "0"])
 def test_a_long_text_takes_linear_time(unit):
     """Well under a second. Quadratic code would take minutes, and Python's int() would refuse."""
-    text, start = unit * (200_000 // len(unit)), time.perf_counter()
+    text, start = unit * (200_000 // len(unit)), time.process_time()
     for solution in (text, "#### " + text):
         assert 0 <= reward(solution, solution) <= 1
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the official GSM8K files are not on this machine")
