@@ -26,11 +26,12 @@ we know them, leave open.
 import re
 
 # Digits with separators between them: comma, point or no-break space. [0-9], because \d would also
-# match the digits of other scripts. A minus directly after a digit, a closing bracket or a point is
-# a subtraction or a range, not a sign. The sign may also follow the currency: $-5. A point after a
-# word or a point, as in "Rs.500", is no decimal point.
+# match the digits of other scripts. A minus, perhaps typeset as another hyphen or as an en dash,
+# directly after a digit, a closing bracket or a point is a subtraction or a range, not a sign. The
+# sign may also follow the currency: $-5. A point after a word or a point, as in "Rs.500", is no
+# decimal point.
 NUMBER = re.compile(
-    r"((?<![0-9)\].])[-\u2212])?(?:[$€£]([-\u2212])?)?"
+    r"((?<![0-9)\].])[-\u2010-\u2013\u2212])?(?:[$€£]([-\u2010-\u2013\u2212])?)?"
     r"([0-9]+(?:[.,\u00a0\u202f][0-9]+)*|(?<![A-Za-z]{2})(?<!\.)\.[0-9]+)"
 )
 # Thousands in groups of three (not 0,125), or plain digits; then perhaps a decimal part.
@@ -52,6 +53,8 @@ def final_number(text: str) -> str | None:
 
 def _readings(text: str) -> list[str]:
     """The final number in the English and in the continental reading, if it can be read so."""
+    # LaTeX writes 1{,}000.
+    text = text.replace("{,}", ",")
     # If a model writes several marks, the last one counts.
     _, mark, after = text.rpartition("####")
     # After the mark an ordinary space may separate thousands; elsewhere it separates two numbers.

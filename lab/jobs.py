@@ -51,6 +51,10 @@ def locked(todo: list[Namespace]) -> Iterator[None]:
             except Timeout as error:
                 remedy = "wait until it has ended, or choose another --out"
                 raise Refused(f"{folder} is written by another process: {remedy}") from error
+            except OSError as error:
+                # Every run of the command holds a file open.
+                remedy = "ask for fewer --seeds, raise `ulimit -n`, or choose another --out"
+                raise Refused(f"cannot lock {folder} ({error}): {remedy}") from error
             check_folder(args)
         yield
 

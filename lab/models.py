@@ -103,14 +103,14 @@ def checkpoint(name: str) -> str:
 def identity(name: str | Path = TINY) -> str:
     """A readable name of a checkpoint that changes with its weights.
 
-    Of a folder: its name and a checksum of its configurations and weights, which training changes
-    everywhere, so that parts of them suffice. Of a hub id: its commit.
+    Of a folder: its name and a checksum of its configurations, chat template and weights, which
+    training changes everywhere, so that parts of them suffice. Of a hub id: its commit.
     """
     folder = Path(name).resolve()
     if not folder.is_dir():
         config = transformers.utils.cached_file(str(name), "config.json")
         return f"{folder.name}-{Path(config).parent.name[:8]}"  # .../snapshots/COMMIT/config.json
-    kinds = ("*config.json", "tokenizer.json", "*.safetensors", "*.bin")
+    kinds = ("*config.json", "tokenizer.json", "*.jinja", "*.safetensors", "*.bin")
     files = [path for kind in kinds for path in sorted(folder.glob(kind))]
     return f"{folder.name}-{checksum(files)[:8]}"
 
@@ -382,7 +382,11 @@ class SharedJunior:
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Prompts as token ids, which the tokenizer may begin, but not end, with tokens of its own."""
+    """Prompts as token ids, which the tokenizer may begin, but not end, with tokens of its own.
+
+    Where a text spells a special token, such as "</s>", it becomes that token. Chat templates rely
+    on it, so a problem should not contain one.
+    """
     encoded = tokenizer(texts, return_special_tokens_mask=True)
     for ids, is_added in zip(encoded.input_ids, encoded.special_tokens_mask):
         start = is_added.index(0)

@@ -86,7 +86,9 @@ def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line.decode())
         question, (solution, mark, after) = row["question"], row["answer"].rpartition("####")
-        # The reference is read by the rule by which solutions are read.
+        # The reference is read by the rule by which solutions are read. The annotation in
+        # "#### <<3+4=7>>7" is not the answer.
+        after = plain(after)
         gold = final_number(mark + after)
         if not question.strip() or not mark or gold is None:
             raise ValueError("the question is empty, or the answer has no number after ####")

@@ -4,10 +4,11 @@ Kills at random moments are in tests/kill.py, damaged and hostile files in tests
 """
 
 import os
+import resource
 import shutil
 
 import pytest
-from test_runner import command, everything, metrics  # noqa: F401  a fixture
+from test_runner import command, everything, metrics, runs_of  # noqa: F401  a fixture
 
 import run_gsm8k
 from conftest import ends_with
@@ -133,6 +134,18 @@ def test_a_second_process_is_refused(copy, monkeypatch):
     monkeypatch.setattr(run_gsm8k, "train", second)
     main([*copy[0], "--updates", "3"])
     assert held
+
+
+def test_more_runs_than_files_can_be_open(tmp_path):
+    """A run holds a file open for its lock."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    todo = runs_of(f"--setting all --out {tmp_path}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(todo), limits[1]))
+    try:
+        with pytest.raises(runs.Refused, match="Too many open .*fewer --seeds"), jobs.locked(todo):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -138,6 +138,9 @@ def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
     assert identity(one) == identity(f"{two}/") == f"final-{identity(one)[-8:]}"
     retrain(one)
     assert identity(one) != identity(two)
+    before = identity(two)
+    (two / "chat_template.jinja").write_text("{{ messages }}")
+    assert identity(two) != before
     # A file of 100 MB is read in parts.
     names = []
     for content in (b"0", b"1"):

@@ -12,17 +12,17 @@ GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 # Final number: texts that have it.
 NUMBERS = {
     "72": ["#### 72", "#### 72.", "####  72  ", "#### 72 clips in 2 months", "#### 3\n#### 72"],
-    "18": ["#### $18", "#### 18.00", "#### 18%", "018.0", "so 66-18", "a range of 3-18", "3.-18"],
+    "18": ["#### $18", "#### 18.00", "#### 18%", "018.0", "so 66-18", "3-18", "3.-18", "3\u201318"],
     "4": ["she has 4 now ####", "in 2 days, 4 clips"],  # no number after a mark: the last of all
-    "-5": ["#### -5", "#### -$5", "#### $-5", "#### \u22125", "-5.0"],
+    "-5": ["#### -5", "#### -$5", "#### $-5", "#### \u22125", "#### \u20135", "$\u20115", "-5.0"],
     "0": ["-0", "0.00"],
     "0.5": ["#### .5", "#### 0.5"],
     # The English reading comes first,
     "1000": ["#### 1,000", "#### $1,000.00"],
-    "1.5": ["#### 1.500", "#### 1,5"],
+    "1.5": ["#### 1.500", "#### 1,5", "#### $1{,}5$"],
     # else the continental one counts: German, or French with an ordinary space after the mark.
     "1500.5": ["#### 1.500,50", "#### 1 500,50", "noch 1\u202f500,5 euros", "1\u00a0500,50"],
-    "1234567": ["es bleiben 1.234.567 Euro", "#### 1 234 567 euros", "#### 1,234,567"],
+    "1234567": ["es bleiben 1.234.567 Euro", "#### 1 234 567 euros", "1,234,567", "1{,}234{,}567"],
     "0.125": ["#### 0,125"],  # no thousands
     "500": ["in 2 500-page books", "#### Rs.500", "it is...500"],  # spaces and points of the text
     "1": ["#### 1,0000", "#### 1 0000"],
@@ -50,10 +50,10 @@ def test_two_readings():
 @pytest.mark.parametrize("unit", ["1", "1,111", "1 111 ", "1.111,", "-", "#", "$.", "0"])
 def test_a_long_text_takes_linear_time(unit):
     """Well under a second. Quadratic code would take minutes, and Python's int() would refuse."""
-    text, start = unit * (200_000 // len(unit)), time.perf_counter()
+    text, start = unit * (200_000 // len(unit)), time.process_time()
     for solution in (text, "#### " + text):
         assert 0 <= reward(solution, solution) <= 1
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the official GSM8K files are not on this machine")
