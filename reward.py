@@ -53,8 +53,6 @@ def final_number(text: str) -> str | None:
 
 def _readings(text: str) -> list[str]:
     """The final number in the English and in the continental reading, if it can be read so."""
-    # LaTeX writes 1{,}000.
-    text = text.replace("{,}", ",")
     # If a model writes several marks, the last one counts.
     _, mark, after = text.rpartition("####")
     # After the mark an ordinary space may separate thousands; elsewhere it separates two numbers.

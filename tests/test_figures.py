@@ -221,12 +221,6 @@ def test_the_sweep(tmp_path):
     assert [frame.get_edgecolor()[0] > 0.8 for frame in accuracy.patches] == [0, 1, 1]
 
 
-def test_long_lines_are_wrapped():
-    """At a space, or within a word that is too long."""
-    text = "a" * 20 + " " + "b" * 20 + "\n" + "c" * 40
-    assert [len(line) for line, _ in figures.wrap([["senior", text]])] == [20, 20, 31, 9]
-
-
 def test_what_is_written_and_printed(tmp_path, capsys):
     """An incomplete arm and an arm of no setting are named."""
     for arm in ("tandem", "stray", "shuffled"):

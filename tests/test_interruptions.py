@@ -4,8 +4,8 @@ Kills at random moments are in tests/kill.py, damaged and hostile files in tests
 """
 
 import os
-import resource
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from test_runner import command, everything, metrics, runs_of  # noqa: F401  a fixture
@@ -136,16 +136,12 @@ def test_a_second_process_is_refused(copy, monkeypatch):
     assert held
 
 
-def test_more_runs_than_files_can_be_open(tmp_path):
+def test_more_runs_than_files_can_be_open(tmp_path, monkeypatch):
     """A run holds a file open for its lock."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(jobs, "FileLock", Mock(side_effect=OSError("Too many open files")))
     todo = runs_of(f"--setting all --out {tmp_path}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(todo), limits[1]))
-    try:
-        with pytest.raises(runs.Refused, match="Too many open .*fewer --seeds"), jobs.locked(todo):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(runs.Refused, match="Too many open .*fewer --seeds"), jobs.locked(todo):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------
