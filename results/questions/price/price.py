@@ -1,4 +1,4 @@
-"""What jargon costs a junior:  python results/exercises/price/price.py BASE
+"""What jargon costs a junior:  python results/questions/price/price.py BASE
 
 A junior goes on from the same right partial solutions, once plain and once annotated. Its price is
 the accuracy after the plain ones minus that after the annotated ones. Solutions are cut
