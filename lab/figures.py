@@ -120,7 +120,8 @@ def draw_curve(ax: plt.Axes, runs: pd.DataFrame, who: str, metric: str, look: Lo
         ax.axhline(share, color=GREY, linestyle="--", linewidth=1, label="junior alone")
         ax.axhspan(low, high, color=GREY, alpha=0.1)
     points, seeds = pooled(runs, who, metric), 100 * by_seed(runs, who, metric)
-    apart = seeds.max(axis=1) - seeds.min(axis=1)
+    # A seed that is still running has fewer rows than the others.
+    apart = (seeds.max(axis=1) - seeds.min(axis=1))[points.index]
     if (apart > FAR * (points.high - points.low)).any():
         lines, width = seeds.interpolate("index", limit_area="inside"), 0.7
     else:

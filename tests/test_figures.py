@@ -190,11 +190,11 @@ def test_curves(tmp_path):
     though it is of another setting. Each pair of languages has a row of panels."""
     for arm, jargon in {"tandem": (0, 1), "solo": (0.5, 0.5), "imitation": (1, 1)}.items():
         for seed in (0, 1):
-            write_seed(tmp_path / arm / f"seed-{seed}", (1, jargon[seed], 1), (1, 0.5, 1), n=400)
+            later = [(1, 0.5, 1)] * ((arm, seed) != ("solo", 1))  # which is still running
+            write_seed(tmp_path / arm / f"seed-{seed}", (1, jargon[seed], 1), *later, n=400)
     figure = draw(tmp_path, "skill", "skill-figure2")
     assert (len(figure.axes[0].lines), len(figure.axes[0].collections)) == (4, 2)
-    labels = [text.get_text() for text in figure.legends[0].texts]
-    assert labels == ["tandem training", "standard RL", "imitation only", "junior alone"]
+    assert figure.legends[0].texts[2].get_text() == "imitation only"
     about = "Junior: where. Problems: generated, 400 solutions per point and seed. Seeds per arm: 2"
     assert about in " ".join(figure.get_supxlabel().split())
     flags = {"senior_language": "de", "junior_language": "xx"}

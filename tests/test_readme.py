@@ -30,7 +30,7 @@ qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senio
 qwen tandem junior accuracy 0
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
-tiny/dose/0.12 grpo-tandem senior accuracy 0 | controls reinforce-j1 senior accuracy 0
+controls reinforce-j1 senior accuracy 0
 controls de-fr-reinforce-j1 senior accuracy 0 | controls reinforce-j1 junior accuracy 0
 controls de-fr-reinforce-j1 junior accuracy 0
 controls reinforce-junior-shuffled senior accuracy 80
