@@ -52,8 +52,8 @@ def locked(todo: list[Namespace]) -> Iterator[None]:
                 remedy = "wait until it has ended, or choose another --out"
                 raise Refused(f"{folder} is written by another process: {remedy}") from error
             except OSError as error:
-                # Every run of the command holds a file open.
-                remedy = "ask for fewer --seeds, raise `ulimit -n`, or choose another --out"
+                # Every run of the command holds a file open, of which there may be too many.
+                remedy = "choose another --out, ask for fewer --seeds, or raise `ulimit -n`"
                 raise Refused(f"cannot lock {folder} ({error}): {remedy}") from error
             check_folder(args)
         yield

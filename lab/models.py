@@ -110,7 +110,7 @@ def identity(name: str | Path = TINY) -> str:
     if not folder.is_dir():
         config = transformers.utils.cached_file(str(name), "config.json")
         return f"{folder.name}-{Path(config).parent.name[:8]}"  # .../snapshots/COMMIT/config.json
-    kinds = ("*config.json", "tokenizer.json", "*.jinja", "*.safetensors", "*.bin")
+    kinds = ("*config.json", "tokenizer.json", "chat_template*", "*.safetensors", "*.bin")
     files = [path for kind in kinds for path in sorted(folder.glob(kind))]
     return f"{folder.name}-{checksum(files)[:8]}"
 

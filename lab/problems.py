@@ -86,8 +86,8 @@ def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line.decode())
         question, (solution, mark, after) = row["question"], row["answer"].rpartition("####")
-        # The reference is read by the rule by which solutions are read. The annotation in
-        # "#### <<3+4=7>>7" is not the answer.
+        # The reference is read by the rule by which solutions are read, but for an annotation
+        # before the answer, as in "#### <<3+4=7>>7".
         after = plain(after)
         gold = final_number(mark + after)
         if not question.strip() or not mark or gold is None:

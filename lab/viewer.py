@@ -180,7 +180,7 @@ def draw_page(folder: str | Path, arms: Iterable[str] = ()) -> Path:
     page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
     path = Path(folder, "figures", "rollouts.html")
     replace_file(path, page.replace(NO_RUNS, content).encode())
-    print(path, "" if arms else "(the first seed of every arm; name arms to see all seeds)")
+    print(path, "" if arms else "(the first seed of every arm; name arms for more)")
     return path
 
 
