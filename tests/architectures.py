@@ -15,7 +15,7 @@ from argparse import Namespace
 
 import lab  # noqa: F401  before torch: it sets how threads wait
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lab.engine import micro_batches
 from lab.experiments import DEFAULTS
@@ -87,7 +87,6 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def main(kinds: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     for kind in kinds:
         try:

@@ -194,7 +194,8 @@ def test_curves(tmp_path):
             write_seed(tmp_path / arm / f"seed-{seed}", (1, jargon[seed], 1), *later, n=400)
     figure = draw(tmp_path, "skill", "skill-figure2")
     assert (len(figure.axes[0].lines), len(figure.axes[0].collections)) == (4, 2)
-    assert figure.legends[0].texts[2].get_text() == "imitation only"
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert labels == ["tandem training", "standard RL", "imitation only", "junior alone"]
     about = "Junior: where. Problems: generated, 400 solutions per point and seed. Seeds per arm: 2"
     assert about in " ".join(figure.get_supxlabel().split())
     flags = {"senior_language": "de", "junior_language": "xx"}

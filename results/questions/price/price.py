@@ -27,16 +27,18 @@ from reward import is_correct
 from rollout import random_numbers, rollout
 
 
-def cut(solution: str, where: str) -> str:
-    """The beginning of an annotated solution.
+def cut(solution: str, where: str) -> tuple[str, str]:
+    """The beginning of an annotated solution, plain and annotated.
 
     >>> cut("She sells 5: 12-5=<<12-5=7>>7.\\n#### 7", "in an expression")
-    'She sells 5: 12-5=<<12-5='
+    ('She sells 5: 12-5=', 'She sells 5: 12-5=<<12-5=')
     """
     if where == "at a line end":
-        return solution.split("\n")[0] + "\n"
-    before, annotation, _ = solution.partition("<<")
-    return before + annotation + before.split()[-1]
+        line = solution.split("\n")[0] + "\n"
+        return tasks.plain(line), line
+    before = solution.partition("<<")[0]
+    # The annotation repeats the expression: the last word before it.
+    return before, f"{before}<<{before.split()[-1]}"
 
 
 @torch.no_grad()
@@ -57,19 +59,13 @@ def main(base: str) -> None:
     pair, found = models.load_pair(args), {"base": base}
     problems = [p for seed in range(3) for p in tasks.generate(200, "test", seed)]
     for where in ("at a line end", "in an expression"):
-        annotated = [cut(p.solutions["en"], where) for p in problems]
-        plain = [cut(p.solutions["en"], where).partition("<<")[0] for p in problems]
-        if where == "at a line end":
-            plain = [tasks.plain(text) for text in annotated]
-        right = [continued(pair, problems, texts, seed=0) for texts in (plain, annotated)]
-        price = 100 * (right[0] - right[1])
-        half = 1.96 * price.std(ddof=1) / len(price) ** 0.5
-        shares = {"plain": 100 * right[0].mean(), "annotated": 100 * right[1].mean()}
-        shares |= {"price": price.mean(), "interval": [price.mean() - half, price.mean() + half]}
-        found[where] = {
-            k: round(v, 1) if isinstance(v, float) else [round(float(x), 1) for x in v]
-            for k, v in shares.items()
-        }
+        plain, annotated = zip(*(cut(p.solutions["en"], where) for p in problems))
+        right = [100 * continued(pair, problems, texts, seed=0) for texts in (plain, annotated)]
+        prices = right[0] - right[1]  # one per problem
+        price, half = prices.mean(), 1.96 * prices.std(ddof=1) / len(prices) ** 0.5
+        names = "plain", "annotated", "price", "low", "high"
+        numbers = right[0].mean(), right[1].mean(), price, price - half, price + half
+        found[where] = {name: round(float(x), 1) for name, x in zip(names, numbers)}
     print(json.dumps(found))
 
 
