@@ -18,14 +18,15 @@ printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
     all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
 
 There are four kinds of figures: curves, rollouts by author (figure_1), a heat map and forest plots.
-To add a figure, write a function of (folder, runs) that returns it, and name it in FIGURES; one of
-curves needs no function of its own.
+A new setting gets curves like those of skill-figure2. For another figure, write a function of
+(folder, runs) that returns it, and name it in FIGURES.
 """
 
 import os
 import re
 import sys
 import textwrap
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -47,8 +48,9 @@ plt.rcParams |= {"font.size": SIZE, "axes.titlesize": SIZE, "legend.fontsize": S
 plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
 plt.rcParams |= {"text.hinting": "none"}  # which would change the widths of the characters
 # The colours of Okabe and Ito (2008), which the colour-blind can tell apart.
-BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9".split()
-GREY = "#555555"  # of the junior alone, and of arms that are not below
+COLOURS = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000".split()
+BLUE, RED, GREEN, ORANGE, PINK, SKY = COLOURS[:6]
+GREY = "#555555"  # of the junior alone, and of schedules
 
 # Label, colour and marker of an arm in every figure; the arms of a pair of languages look like
 # those without it. Two arms have the same colour only if they are variants that never meet.
@@ -74,7 +76,10 @@ LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
 
 
 def look_of(arm: str) -> Look:
-    return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), (arm, GREY, "o"))
+    """Of an arm that is not in ARMS: its name, and what a checksum of the name chooses."""
+    chosen = zlib.crc32(arm.encode())
+    own = arm, COLOURS[chosen % 7], "os^Dv"[chosen % 5]
+    return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), own)
 
 
 def caption(figure: plt.Figure, folder: Path, runs: pd.DataFrame, text: str) -> plt.Figure:
@@ -241,7 +246,8 @@ def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
         rows = {}
         for arm in sorted(handoffs, key=handoffs.get, reverse=True):
             value, low, high = pooled(runs[runs.arm == arm], "senior", metric).loc[:last].iloc[-1]
-            rows[f"{arm}: {handoffs[arm]:.1f}"] = [(value, [(low, high)], look_of(arm))]
+            look = ARMS.get(arm, (arm, GREY, "o"))
+            rows[f"{arm}: {handoffs[arm]:.1f}"] = [(value, [(low, high)], look)]
         forest(ax, rows)
         ax.set(xlabel=label, xlim=(-3, 103))
     note = "Senior alone; the arm tandem tosses a coin per word. Bars: 95\u00a0% Wilson intervals."
@@ -370,7 +376,7 @@ def draw_all(folder: Path, settings: Iterable[str]) -> None:
     """Draw the figures of these settings, and the page of rollouts, into folder/figures/."""
     for setting in settings:
         runs = read_runs(folder, arms_of(folder, setting))
-        for name, function in FIGURES.get(setting, {}).items():
+        for name, function in FIGURES.get(setting, {setting: skill}).items():
             if len(runs) and (figure := function(folder, runs)):
                 print(save(figure, folder / "figures" / f"{name}.png"))
     viewer.draw_page(folder)
