@@ -46,7 +46,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lab import runs
+from lab import figures, runs
 from lab.engine import completion_logprobs, pad
 from lab.flags import number
 from lab.measures import seed_interval
@@ -665,24 +665,28 @@ def table(out: Path, seeds: list[int]) -> str:
 def draw(out: Path, seeds: list[int]) -> None:
     """OUT/atod.png: success against updates, a panel per student.
 
-    Thin lines are seeds, the dotted line is the teacher.
+    Thick lines are means over seeds, thin lines single seeds; the dotted line is the teacher.
     """
     curves = read_curves(out, seeds)
     teacher = mean([100 * of["teacher"] for of in read_measures(out, seeds)])
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    options = dict(sharey=True, figsize=(figures.WIDTH, 3), layout="constrained")
+    figure, panels = plt.subplots(1, 2, **options)
     for ax, student in zip(panels, ("skilled", "early")):
-        for i, name in enumerate(name for name in curves if ARMS[name].student == student):
+        names = [name for name in curves if ARMS[name].student == student]
+        for name, colour in zip(names, figures.COLOURS):
             of_arm = list(curves[name].values())
-            for curve in of_arm:
-                percent = [100 * value for value in curve.values()]
-                ax.plot(curve.keys(), percent, color=f"C{i}", lw=0.5, alpha=0.5)
-            means = [100 * mean([curve[update] for curve in of_arm]) for update in of_arm[0]]
-            label = f"{name} ({len(of_arm)} seeds)"
-            ax.plot(of_arm[0].keys(), means, color=f"C{i}", lw=2.2, label=label)
-        ax.axhline(teacher, color="k", ls=":", lw=1, label="teacher")
-        ax.set(title=f"{student} student", xlabel="update", ylabel="games won, %", ylim=(0, 100))
-        ax.legend(fontsize=8, loc="upper left")
-    figure.savefig(out / "atod.png", dpi=110)
+            updates, columns = of_arm[0].keys(), [[*curve.values()] for curve in of_arm]
+            by_update = [[100 * value for value in values] for values in zip(*columns)]
+            ax.plot(updates, by_update, color=colour, linewidth=0.5, alpha=0.5)
+            means = [mean(values) for values in by_update]
+            ax.plot(updates, means, color=colour, linewidth=1.8, label=name)
+        ax.axhline(teacher, color="black", linestyle=":", linewidth=1, label="the teacher")
+        ax.set(title=f"{student} student", xlabel="updates", ylim=(0, 100))
+    panels[0].set_ylabel("games won (%)")
+    figures.add_legend(figure, ncols=5)
+    note = f"Thick: mean of the seeds ({', '.join(map(str, seeds))}); thin: one seed. "
+    note += f"{SETTINGS.eval_games} games per point and seed. Intervals over seeds: table.md."
+    figures.caption(figure, note).savefig(out / "atod.png", dpi=200)
     plt.close(figure)
 
 

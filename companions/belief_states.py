@@ -48,9 +48,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lab import models, runs
+from lab import figures, models, runs
 from lab.engine import completion_logprobs
-from lab.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from lab.flags import number
 from lab.measures import seed_interval
 from lab.specialist import fine_tune
@@ -715,10 +714,9 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
 
     Means over seeds with 95 % intervals.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    looks = [*zip((BLUE, RED, GREEN, ORANGE, PINK, SKY), "os^DvP")]
-    styles = [dict(color=c, marker=m, linestyle=line) for line in ("-", "--") for c, m in looks]
-    for (name, by_seed), style in zip(results.items(), styles):
+    figure, axes = plt.subplots(1, 3, figsize=(figures.WIDTH, 3), layout="constrained")
+    looks = [dict(color=c, linestyle=line) for line in ("-", "--") for c in figures.COLOURS[:6]]
+    for (name, by_seed), look in zip(results.items(), looks):
         seeds = list(by_seed.values())
         rows = [seed["evaluations"] for seed in seeds]
         loops = [seed["horizons"][""] for seed in seeds]
@@ -729,20 +727,21 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
             # One column per update or horizon, with a value per seed.
             columns = list(zip(*curve))
             means = [sum(values) / len(seeds) for values in columns]
-            look = dict(color=style["color"], linestyle=style["linestyle"])
             axis.plot(x, means, label=name, **look)
             # An interval needs more than one seed.
             if len(seeds) > 1:
-                band = dict(color=style["color"], alpha=0.1, linewidth=0)
+                band = dict(color=look["color"], alpha=0.1, linewidth=0)
                 axis.fill_between(x, *zip(*map(seed_interval, columns)), **band)
-    titles = ["one-step prediction F1 by update", "F1 of z against the true state by update"]
-    titles += ["open-loop prediction F1 by action"]
-    for axis, title, bottom in zip(axes, titles, (0.6, 0.0, 0.6)):
-        # The stateless arm, which has no state, lies at 0 in the second panel.
-        axis.set(title=title, ylim=(bottom, 1.01))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    titles = "F1 of one-step prediction", "F1 of z, true state", "F1 of open-loop prediction"
+    labels, bottoms = ("updates", "updates", "actions"), (0.6, 0.0, 0.6)
+    for axis, title, label, bottom in zip(axes, titles, labels, bottoms):
+        axis.set(title=title, xlabel=label, ylim=(bottom, 1.01))
+    figures.add_legend(figure, ncols=4)
+    note = (
+        "Bands: Student's 95\u00a0% interval over seeds. The arm stateless has no z: its F1 is 0."
+    )
     with runs.writing(path):
-        figure.savefig(path, dpi=120)
+        figures.caption(figure, note).savefig(path, dpi=200)
     plt.close(figure)
 
 

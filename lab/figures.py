@@ -82,14 +82,18 @@ def look_of(arm: str) -> Look:
     return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), own)
 
 
-def caption(figure: plt.Figure, folder: Path, runs: pd.DataFrame, text: str) -> plt.Figure:
-    """Write below the figure: the models, the problems, n, the seeds, and the text."""
+def describe(folder: Path, runs: pd.DataFrame) -> str:
+    """The beginning of a caption: the models, the problems, n, and the seeds."""
     flags = read_flags(folder, runs.arm.iloc[0])
     senior, junior, problems = (Path(flags[key]).name for key in ("senior", "junior", "problems"))
     seeds = " or ".join(map(str, sorted(set(runs.groupby("arm").seed.nunique()))))
     about = f"Senior: {senior}. Junior: {junior}. Problems: {problems}, {runs.n.max():.0f} "
-    about += f"solutions per point and seed. Seeds per arm: {seeds}. {text}"
-    figure.supxlabel(textwrap.fill(about, 116), fontsize=SIZE, color=GREY, x=0.01, ha="left")
+    return f"{about}solutions per point and seed. Seeds per arm: {seeds}. "
+
+
+def caption(figure: plt.Figure, text: str) -> plt.Figure:
+    """Write the text below the figure."""
+    figure.supxlabel(textwrap.fill(text, 116), fontsize=SIZE, color=GREY, x=0.01, ha="left")
     return figure
 
 
@@ -158,7 +162,7 @@ def curves(folder: Path, runs: pd.DataFrame, metrics: dict, also: tuple = ()) ->
         bottom.set_xlabel("updates")
     add_legend(figure, ncols=5, columnspacing=1)
     about = "Left: languages of senior → junior. Solutions of the senior alone, if not said. "
-    return caption(figure, folder, runs, about + BANDS)
+    return caption(figure, describe(folder, runs) + about + BANDS)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +204,10 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     problem = textwrap.fill(f"{question} (Answer: {gold})", 116)
     # A dollar sign begins no formula.
     figure.suptitle(problem, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
-    caption(figure, folder, runs, f"Blue: written by the senior; orange: by the junior. {why}")
+    caption(
+        figure,
+        describe(folder, runs) + f"Blue: written by the senior; orange: by the junior. {why}",
+    )
     figure.draw_without_rendering()  # after which the width of the axes is known
     # Points: a character of the font is 0.602 of its size wide.
     size = 72 * WIDTH * axes[0].get_position().width / COLUMNS / 0.602
@@ -251,7 +258,7 @@ def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
         forest(ax, rows)
         ax.set(xlabel=label, xlim=(-3, 103))
     note = "Senior alone; the arm tandem tosses a coin per word. Bars: 95\u00a0% Wilson intervals."
-    return caption(figure, folder, runs, note)
+    return caption(figure, describe(folder, runs) + note)
 
 
 SHARES = {"solo": "right alone", "pass@4": "pass@4 alone", "handoff": "handoff robustness"}
@@ -275,7 +282,7 @@ def rlvr(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
         ax.set_xlabel(unit)
     add_legend(figure, ncols=3, title="tandem GRPO minus")
     note = "95\u00a0% intervals, thick: bootstrap over seeds and problems; thin: Student's over "
-    return caption(figure, folder, runs, note + "seeds.")
+    return caption(figure, describe(folder, runs) + note + "seeds.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
         ax.set(xlabel="j, weight of the junior's tokens", ylabel="c, weight of wrong rollouts")
         ax.grid(False)
     note = "Validation problems. Red: the best cells of the left panel. Black: what the paper "
-    return caption(figure, folder, runs, note + "advises. Empty: training diverged.")
+    return caption(figure, describe(folder, runs) + note + "advises. Empty: training diverged.")
 
 
 # ------------------------------------------------------------------------------------------------
