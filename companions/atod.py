@@ -662,8 +662,8 @@ def table(out: Path, seeds: list[int]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" if cells else "\n" for cells in rows)
 
 
-def draw(out: Path, seeds: list[int]) -> None:
-    """OUT/atod.png: success against updates, a panel per student.
+def draw(out: Path, seeds: list[int], path: Path) -> None:
+    """Success against updates, a panel per student.
 
     Thick lines are means over seeds, thin lines single seeds; the dotted line is the teacher.
     """
@@ -686,7 +686,7 @@ def draw(out: Path, seeds: list[int]) -> None:
     figures.add_legend(figure, ncols=5)
     note = f"Thick: mean of the seeds ({', '.join(map(str, seeds))}); thin: one seed. "
     note += f"{SETTINGS.eval_games} games per point and seed. Intervals over seeds: table.md."
-    figures.caption(figure, note).savefig(out / "atod.png", dpi=200)
+    figures.caption(figure, note).savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -734,7 +734,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit("\n".join(left_out.values()))
         text = table(args.out, done)
         runs.replace_file(args.out / "table.md", text.encode())
-        draw(args.out, done)
+        draw(args.out, done, args.out / "atod.png")
     except runs.Refused as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
