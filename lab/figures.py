@@ -337,7 +337,7 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
 # ------------------------------------------------------------------------------------------------
 # Everything
 
-# {setting: {name of the file: function}}, and what is printed after the table of a setting.
+# {setting: {name of the file: function}}
 skill, pair = partial(curves, metrics=SKILL), partial(curves, metrics=PAIR)
 
 
@@ -359,8 +359,6 @@ FIGURES: dict[str, dict] = {
     "credit": {f"credit{end}": partial(credit, end=end) for end in ("", "-shuffled")},
     "rlvr": {"rlvr": rlvr},
 }
-TABLES = {"granularity": [tables.table_of_handoffs], "rlvr": [tables.table_of_measures]}
-TABLES["credit"] = [tables.table_of_differences]
 
 
 def arms_of(folder: Path, setting: str) -> list[str]:
@@ -406,10 +404,8 @@ def main(folder: Path) -> None:
         raise Refused(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
     most = [s for s in found if 2 * found[s].arm.nunique() > len(experiments.SETTINGS[s])]
     found = {setting: found[setting] for setting in most or found}
-    for setting, runs in found.items():
-        print(tables.table(runs))
-        for further in TABLES.get(setting, []):
-            print(f"\n{further(folder, runs)}")
+    for runs in found.values():
+        print(tables.all_tables(folder, runs))
     draw_all(folder, found)
 
 

@@ -120,9 +120,7 @@ def pooled(runs: pd.DataFrame, who: str, metric: str) -> pd.DataFrame:
 
 HEADINGS = ["arm", "seeds", "updates", "accuracy alone", "jargon alone", "accuracy together"]
 HEADINGS += ["junior's accuracy", "language", "minutes per seed"]
-# The numbers of metrics.count_handoffs, and what the table calls them.
-HANDOFFS = {"handoffs": "handoffs", "handoffs_inside": "inside an expression"}
-HANDOFFS |= {"handoffs_in_words": "inside a word", "handoffs_in_numbers": "inside a number"}
+KNOWN = {*COLUMNS, "accuracy", "jargon", "tokens"}  # metrics that have a column, or need none
 
 
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -172,32 +170,20 @@ def language_change(runs: pd.DataFrame) -> str:
 def table(runs: pd.DataFrame) -> str:
     """A Markdown table with a row per arm: percent before → after training.
 
-    Any metric that was added to the evaluation of the senior has a column of its own.
+    Any other metric of the pair has a column of its own, and any that the senior alone has.
     """
-    measured = runs[runs.who == "senior"].dropna(axis=1, how="all").columns
-    known = {*COLUMNS, "accuracy", "jargon", "tokens"}
-    added = [name for name in measured if name not in known and "." not in name]
-    rows = []
+    rows, added = [], {}  # {metric: who}
+    for who in ("tandem", "senior"):
+        measured = runs[runs.who == who].dropna(axis=1, how="all").columns
+        added |= {name: who for name in measured if name not in KNOWN and "." not in name}
     for arm, of_arm in runs.groupby("arm", sort=False):
         seeds, updates = of_arm.seed.nunique(), pooled(of_arm, "senior", "accuracy").index[-1]
         row = [arm, f"{seeds}", f"{updates}"]
         row += [change(of_arm, "senior", name) for name in ("accuracy", "jargon")]
         row += [change(of_arm, "tandem", "accuracy"), last_cell(of_arm, "junior", "accuracy")]
         row += [language_change(of_arm), f"{of_arm.seconds.sum() / 60 / seeds:.1f}"]
-        rows.append(row + [change(of_arm, "senior", name) for name in added])
+        rows.append(row + [change(of_arm, who, name) for name, who in added.items()])
     return markdown_table([*HEADINGS, *added], rows)
-
-
-def table_of_handoffs(folder: Path, runs: pd.DataFrame) -> str:
-    """Handoffs per joint rollout before training, and where they are: a row per arm.
-
-    "–" where old runs did not tell words and numbers apart.
-    """
-    before = runs[(runs.who == "tandem") & (runs["update"] == 0)]
-    counts = before.reindex(columns=["arm", *HANDOFFS]).groupby("arm", sort=False).mean()
-    cells = counts.map("{:.1f}".format).replace("nan", "–")
-    headings = ["arm, together before training", *HANDOFFS.values()]
-    return markdown_table(headings, cells.itertuples(name=None))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,7 +197,8 @@ def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
     """ENDS of an arm on every problem, of seeds that have finished: a row per (seed, problem)."""
     updates, cells = read_flags(folder, arm)["updates"], {}
     for seed, rows in read_seeds(folder, arm, "metrics.jsonl").items():
-        if rows[-1]["update"] == updates:
+        # Old rows lack the outcomes.
+        if rows[-1]["update"] == updates and "outcomes" in rows[-1]["eval"]["senior"]:
             ends = {end: rows[-1]["eval"][who]["outcomes"][m] for end, (who, m) in ENDS.items()}
             for problem, outcomes in enumerate(zip(*ends.values())):
                 cells[seed, problem] = outcomes
@@ -220,19 +207,23 @@ def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
 
 
 def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
-    """Every arm minus the first one with its languages, on the seeds that both have finished."""
+    """Every arm minus the first one with its languages and number of updates.
+
+    On the seeds that both have finished; "" if there are none.
+    """
     first: dict[tuple, str] = {}
     rows = []
     for arm in runs.arm.unique():
         flags = read_flags(folder, arm)
-        other = first.setdefault((flags["senior_language"], flags["junior_language"]), arm)
+        alike = tuple(flags[name] for name in ("senior_language", "junior_language", "updates"))
+        other = first.setdefault(alike, arm)
         pair = [read_outcomes(folder, name) for name in (arm, other)]
         both = pair[0].index.intersection(pair[1].index)
         if other != arm and len(both):
             pair = [of_arm.loc[both] for of_arm in pair]
             cells = [measure_cell(end, *pair) for end in ENDS]
             rows.append([f"{arm} − {other}", f"{both.unique('seed').size}", *cells])
-    return markdown_table(["difference", "seeds", *ENDS], rows)
+    return markdown_table(["difference", "seeds", *ENDS], rows) if rows else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,7 +306,8 @@ def measure_cell(name: str, *arms: pd.DataFrame) -> str:
     cell = " ".join([f"{value:{form}}", *(f"[{a:{form}}, {b:{form}}]" for a, b in intervals)])
     if len(arms) == 1:
         return cell + span(by_seed, form)
-    return f"**{cell}**" if all(low > 0 or high < 0 for low, high in intervals) else cell
+    without_0 = [low > 0 or high < 0 for low, high in intervals]
+    return f"**{cell}**" if without_0 == [True, True] else cell
 
 
 def table_of_measures(folder: Path, runs: pd.DataFrame) -> str:
@@ -333,3 +325,9 @@ def table_of_measures(folder: Path, runs: pd.DataFrame) -> str:
             rows.append([row, f"{len(seeds)}", *(measure_cell(name, *of_row) for name in names)])
         parts += [markdown_table([heading, "seeds", *names], rows)] if rows else []
     return "\n\n".join(parts)
+
+
+def all_tables(folder: Path, runs: pd.DataFrame) -> str:
+    """What the runs show, how the arms differ, and what Tandem RL measures."""
+    parts = table(runs), table_of_differences(folder, runs), table_of_measures(folder, runs)
+    return "\n\n".join(filter(None, parts))

@@ -115,12 +115,12 @@ def test_table(tmp_path):
     write_seed(tmp_path / "solo" / "seed-0", (1, 1, 1))
     runs = tables.read_runs(tmp_path, ["tandem", "solo"])
     head, _, tandem, solo = tables.table(runs).splitlines()
-    assert head.endswith("| language | minutes per seed | short | lines |")
-    assert solo.endswith("| – | – |")
+    assert head.endswith("| minutes per seed | handoffs | handoffs_inside | short | lines |")
+    assert solo.endswith("| 8 → 8 | 2 → 2 | – | – |")
     assert tandem == (
         "| tandem | 2 | 4 | 50.0 → 75.0 [40.9, 92.9] (50.0–100.0) "
         "| 100.0 → 0.0 [0.0, 32.4] (0.0–0.0) | 0.0 → 100.0 [67.6, 100.0] (100.0–100.0) "
-        "| 25.0 [7.1, 59.1] (25.0–25.0) | de → de, 75.0 [40.9, 92.9] | 1.0 "
+        "| 25.0 [7.1, 59.1] (25.0–25.0) | de → de, 75.0 [40.9, 92.9] | 1.0 | 8 → 8 | 2 → 2 "
         "| 50.0 → 50.0 [21.5, 78.5] (25.0–75.0) | 2 → 2 |"
     )
 
@@ -249,7 +249,7 @@ def test_what_is_written_and_printed(tmp_path, capsys):
     found = {path.name for path in (tmp_path / "figures").iterdir()}
     assert found == {*files, "rollouts.html"}
     printed = capsys.readouterr().out
-    for line in ("stray is left out", "| tandem | 8.0 | 2.0 | – | – |", "shuffled is left out"):
+    for line in ("stray is left out", " | 8 → 8 | 2 → 2 |", "shuffled is left out"):
         assert line in printed
     ends_with(r"nowhere has no .*: run run_gsm8k\.py first", figures.main, tmp_path / "nowhere")
     (tmp_path / "tandem" / "seed-0" / "config.json").write_text("{")

@@ -233,8 +233,7 @@ def full_tables(root: Path) -> str:
     for folder in sorted({path.parents[2] for path in root.rglob("metrics.jsonl")}):
         runs = tables.read_runs(folder, tables.arms_in(folder))
         if len(runs):
-            parts += [f"# {folder.relative_to(root.parent)}", tables.table(runs)]
-            parts += filter(None, [tables.table_of_measures(folder, runs)])
+            parts += [f"# {folder.relative_to(root.parent)}", tables.all_tables(folder, runs)]
     return "\n\n".join(parts) + "\n"
 
 
