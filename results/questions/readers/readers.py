@@ -41,7 +41,7 @@ def main(other: str, files: list[str]) -> None:
         found["solo"] = right(solo.texts, problems)
         found["jargon"] = [int(has_jargon(text)) for text in solo.texts]
         for name, reader in readers.items():
-            for percent in (25, 50, 75):
+            for percent in (0, 25, 50, 75):
                 texts = continue_solutions(solo, percent / 100, args, replace(pair, junior=reader))
                 found[f"{name}_{percent}"] = right(texts, problems)
         print(json.dumps(found), flush=True)
