@@ -24,7 +24,9 @@ STATED = {
 qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 10
 qwen imitation senior accuracy 10 | qwen solo senior accuracy 10 | qwen tandem senior accuracy 20
-qwen tandem junior accuracy 0
+qwen tandem junior accuracy 0 | qwen/self tandem senior jargon 0
+qwen/self tandem senior jargon 5 | qwen/self tandem senior accuracy 5
+qwen/self tandem senior accuracy 0
 tiny tandem senior jargon 0 | tiny tandem senior jargon 20 | tiny solo senior jargon 28
 tiny imitation senior jargon 8 | tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
