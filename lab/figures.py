@@ -297,7 +297,7 @@ def read_cells(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     jargon (nan if it stays). Cells in which training diverged are left out.
     """
     cells = []
-    for arm, of_arm in runs[runs.arm.isin(experiments.SETTINGS["sweep"])].groupby("arm"):
+    for arm, of_arm in runs.groupby("arm"):
         if not list(Path(folder, arm).glob("seed-*/stopped.txt")):
             accuracy = pooled(of_arm, "tandem", "accuracy").value.iloc[-1]
             jargon = pooled(of_arm, "senior", "jargon").value
@@ -361,12 +361,6 @@ FIGURES: dict[str, dict] = {
 }
 
 
-def arms_of(folder: Path, setting: str) -> list[str]:
-    """The arms of a setting; of the sweep also those on test problems that lie in the folder."""
-    tests = [arm for arm in arms_in(folder) if setting == "sweep" and arm.startswith("test-c")]
-    return [*experiments.SETTINGS[setting], *tests]
-
-
 def save(figure: plt.Figure, path: Path) -> Path:
     """Write the figure as PNG, and beside it as PDF; the same rows give the same PDF."""
     with writing(path):
@@ -380,7 +374,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 def draw_all(folder: Path, settings: Iterable[str]) -> None:
     """Draw the figures of these settings, and the page of rollouts, into folder/figures/."""
     for setting in settings:
-        runs = read_runs(folder, arms_of(folder, setting))
+        runs = read_runs(folder, experiments.SETTINGS[setting])
         for name, function in FIGURES.get(setting, {setting: skill}).items():
             if len(runs) and (figure := function(folder, runs)):
                 print(save(figure, folder / "figures" / f"{name}.png"))
@@ -393,7 +387,7 @@ def main(folder: Path) -> None:
 
     If there is none, of every setting of which it has an arm: settings share arms.
     """
-    found = {name: read_runs(folder, arms_of(folder, name)) for name in experiments.SETTINGS}
+    found = {name: read_runs(folder, arms) for name, arms in experiments.SETTINGS.items()}
     found = {setting: runs for setting, runs in found.items() if len(runs)}
     left_out = set(arms_in(folder)).difference(*(runs.arm for runs in found.values()))
     for arm in sorted(left_out):

@@ -12,7 +12,7 @@ import pytest
 
 from companions import atod, belief_states
 from conftest import ends_with
-from lab import figures, tables
+from lab import experiments, figures, tables
 from lab.experiments import DEFAULTS
 from lab.measures import bootstrap_interval
 from lab.runs import Refused
@@ -51,7 +51,7 @@ def write_seed(folder, *evaluations, measures=(), flags=(), **added):
 def draw(folder, setting, name):
     """One figure, which is not written."""
     plt.close("all")
-    runs = tables.read_runs(folder, figures.arms_of(folder, setting))
+    runs = tables.read_runs(folder, experiments.SETTINGS[setting])
     return figures.FIGURES[setting][name](folder, runs)
 
 
