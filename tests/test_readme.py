@@ -206,12 +206,14 @@ def test_costs_are_measured():
 
 
 def test_differences_are_measured():
-    (rows,) = [rows for (corner, *_), *rows in tables_in(RESULTS) if corner == "difference"]
-    runs = tables.read_runs(CONTROLS, tables.arms_in(CONTROLS))
-    runs = runs.sort_values("arm", key=lambda arms: ~arms.str.endswith("-j1"), kind="stable")
-    (found,) = tables_in(tables.table_of_differences(CONTROLS, runs) + "\n")
-    assert len(rows) == 4
-    assert [row for row in rows if row not in found] == []
+    """The first arm of each folder here is the one that others are compared with."""
+    found = []
+    for folder, arms in ((TINY, ["tandem", "imitation"]), (CONTROLS, tables.arms_in(CONTROLS))):
+        runs = tables.read_runs(folder, sorted(arms, key=lambda arm: not arm.endswith("-j1")))
+        found += tables_in(tables.table_of_differences(folder, runs) + "\n")[0]
+    tables_of_differences = [t for t in tables_in(RESULTS) if t[0][0] == "difference"]
+    assert [len(rows) for rows in tables_of_differences] == [2, 5]
+    assert [row for rows in tables_of_differences for row in rows if row not in found] == []
 
 
 def test_twins_are_those_of_the_file():
