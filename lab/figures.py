@@ -204,10 +204,8 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     problem = textwrap.fill(f"{question} (Answer: {gold})", 116)
     # A dollar sign begins no formula.
     figure.suptitle(problem, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
-    caption(
-        figure,
-        describe(folder, runs) + f"Blue: written by the senior; orange: by the junior. {why}",
-    )
+    note = f"Blue: written by the senior; orange: by the junior. {why}"
+    caption(figure, describe(folder, runs) + note)
     figure.draw_without_rendering()  # after which the width of the axes is known
     # Points: a character of the font is 0.602 of its size wide.
     size = 72 * WIDTH * axes[0].get_position().width / COLUMNS / 0.602

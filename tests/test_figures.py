@@ -240,15 +240,16 @@ def test_the_sweep(tmp_path):
     assert [frame.get_edgecolor()[0] > 0.8 for frame in accuracy.patches] == [0, 1, 1]
 
 
-def test_what_is_written_and_printed(tmp_path, capsys):
-    """An incomplete arm and an arm of no setting are named."""
-    for arm in ("tandem", "stray", "shuffled"):
+def test_what_is_written_and_printed(tmp_path, monkeypatch, capsys):
+    """An incomplete arm and an arm of no setting are named. A new setting is drawn."""
+    monkeypatch.setitem(experiments.SETTINGS, "own", ["mine", "not run"])
+    for arm in ("tandem", "stray", "shuffled", "mine"):
         write_seed(tmp_path / arm / "seed-0", (0.75, 1, 0.5), (0.5, 0.5, 0.75))
     write_rows(tmp_path / "shuffled" / "seed-0" / "metrics.jsonl", {"update": 0})
     samples = [SAMPLE | {"update": i, "spans": []} for i in range(3)]
     write_rows(tmp_path / "tandem" / "seed-0" / "samples.jsonl", *samples)
     figures.main(tmp_path)
-    names = ["control", "granularity", "skill-figure1", "skill-figure2"]
+    names = ["control", "granularity", "own", "skill-figure1", "skill-figure2"]
     files = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     found = {path.name for path in (tmp_path / "figures").iterdir()}
     assert found == {*files, "rollouts.html"}
