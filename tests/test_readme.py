@@ -34,7 +34,6 @@ qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senio
 qwen tandem junior accuracy 0
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
-questions/languages-by-reward fr-de-grpo-tandem-bilingual senior languages.de 80
 controls reinforce-j1 senior accuracy 0
 controls de-fr-reinforce-j1 senior accuracy 0 | controls reinforce-j1 junior accuracy 0
 controls de-fr-reinforce-j1 junior accuracy 0
