@@ -737,9 +737,7 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
     for axis, title, label, bottom in zip(axes, titles, labels, bottoms):
         axis.set(title=title, xlabel=label, ylim=(bottom, 1.01))
     figures.add_legend(figure, ncols=4)
-    note = (
-        "Bands: Student's 95\u00a0% interval over seeds. The arm stateless has no z: its F1 is 0."
-    )
+    note = "Bands: Student's 95\u00a0% interval over seeds. Without a state z, its F1 is 0."
     with runs.writing(path):
         figures.caption(figure, note).savefig(path, dpi=200)
     plt.close(figure)

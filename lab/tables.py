@@ -211,16 +211,16 @@ def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
 
     On the seeds that both have finished; "" if there are none.
     """
+    outcomes = {arm: read_outcomes(folder, arm) for arm in runs.arm.unique()}
     first: dict[tuple, str] = {}
     rows = []
-    for arm in runs.arm.unique():
+    for arm in outcomes:
         flags = read_flags(folder, arm)
         alike = tuple(flags[name] for name in ("senior_language", "junior_language", "updates"))
         other = first.setdefault(alike, arm)
-        pair = [read_outcomes(folder, name) for name in (arm, other)]
-        both = pair[0].index.intersection(pair[1].index)
+        both = outcomes[arm].index.intersection(outcomes[other].index)
         if other != arm and len(both):
-            pair = [of_arm.loc[both] for of_arm in pair]
+            pair = [outcomes[name].loc[both] for name in (arm, other)]
             cells = [measure_cell(end, *pair) for end in ENDS]
             rows.append([f"{arm} − {other}", f"{both.unique('seed').size}", *cells])
     return markdown_table(["difference", "seeds", *ENDS], rows) if rows else ""

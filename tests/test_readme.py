@@ -52,7 +52,7 @@ tiny c-0.3-j0.2 senior accuracy 28 | tiny c0-j1 senior accuracy 28""",
 LONGEST = {"README.md": 1000, "results/README.md": 4100}  # words
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(HERE)))
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[path])
     assert links
@@ -83,11 +83,8 @@ def test_the_idea_can_be_pasted(tmp_path, capsys):
 WHAT = {"jargon": ("senior", "jargon"), "right alone": ("senior", "accuracy")}
 WHAT |= {"right together": ("tandem", "accuracy"), "junior right": ("junior", "accuracy")}
 WHAT |= {"in the junior's language": ("senior", "languages.{junior}")}
-WHAT |= {
-    "reversed": ("senior", "reversed"),
-    "handoffs": ("tandem", "handoffs"),
-    "inside expressions": ("tandem", "handoffs_inside"),
-}
+WHAT |= {"handoffs": ("tandem", "handoffs"), "inside expressions": ("tandem", "handoffs_inside")}
+WHAT["reversed"] = ("senior", "reversed")  # only in questions/reversed-digits
 
 
 @cache
