@@ -144,8 +144,9 @@ ARMS: dict[str, dict] = {
     # Tandem RL: senior and junior begin as one model; the first two differ in their rollouts only.
     "rlvr-tandem": RLVR,
     "rlvr-solo": RLVR | SOLO,
-    # Two controls: a KL penalty toward the junior (far above the 0.001 of Jiao et al., which would
+    # Controls: a KL penalty toward the junior (with more than the 0.001 of Jiao et al., which would
     # hardly matter in 60 updates), and as many samples as tandem rollouts cost.
+    **{f"rlvr-solo-kl-{beta}": RLVR | SOLO | {"kl": beta} for beta in (0.02, 0.1)},
     "rlvr-solo-kl": RLVR | SOLO | {"kl": 0.5},
     "rlvr-solo-16": RLVR | SOLO | {"rollouts_per_prompt": 16, "batch_factor": 2},
 }

@@ -69,7 +69,9 @@ ARMS: dict[str, Look] = {
     "grpo-solo": ("GRPO, solo", RED, "s"),
     "grpo-shuffled": ("GRPO, shuffled", ORANGE, "D"),
     "rlvr-solo": ("solo GRPO", RED, "s"),
-    "rlvr-solo-kl": ("solo GRPO with KL", PINK, "v"),
+    "rlvr-solo-kl-0.02": ("solo GRPO, KL 0.02", GREEN, "^"),
+    "rlvr-solo-kl-0.1": ("solo GRPO, KL 0.1", SKY, "P"),
+    "rlvr-solo-kl": ("solo GRPO, KL 0.5", PINK, "v"),
     "rlvr-solo-16": ("solo GRPO, groups of 16", ORANGE, "D"),
 }
 LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
