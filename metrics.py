@@ -4,9 +4,9 @@
     jargon       share of solutions with "<<" or ">>". The paper counts calculator annotations (West
                  et al., 2025); half of one counts too, because a handoff can cut one in two
     languages    share of solutions by their most likely language (library py3langid)
-    tokens       mean length of a completion; of a training batch, the number of tokens
+    tokens       mean length of a completion; in rows of training, the sum over the batch
     handoffs     changes of author per rollout, and how many of them fall inside an expression such
-                 as 48/2=<<48/2=24>>24
+                 as 48/2=<<48/2=24>>24. Rows of training also count one before the end token
     legibility   the junior's cross-entropy on the senior's solutions: lower is more legible
     drift        how far the senior's distribution is from the junior's
 
@@ -26,8 +26,8 @@ from reward import is_correct
 # ------------------------------------------------------------------------------------------------
 # One solution
 
-# An annotation, or half of one that a handoff has cut in two. To study another jargon, change this
-# and `annotated_solutions` in lab/problems.py, which teaches it.
+# A whole annotation, or half of one that a handoff has cut in two. To study another jargon, change
+# this and `annotated_solutions` in lab/problems.py, which teaches it.
 JARGON = re.compile(r"<<[^\n]*?>>|<<|>>")
 
 
@@ -41,8 +41,8 @@ def has_jargon(text: str) -> bool:
 
 
 # Every metric maps (solution, gold answer) to a number; an evaluation reports its mean. To add one,
-# name it here: it is then recorded, and has a column in every table. If a metric takes only the
-# values 0 and 1, its mean is a share, which has an interval there.
+# name it here: every evaluation then records it, and it has a column in every table. If a metric
+# takes only the values 0 and 1, its mean is a share, which has an interval there.
 METRICS: dict[str, Callable[[str, str], float]] = {
     "accuracy": is_correct,
     "jargon": lambda solution, gold: has_jargon(solution),
@@ -89,7 +89,7 @@ def summarise(
 
 # An operand is a number with its brackets, currency or percent sign: "48", "(1,000", "$5.50".
 OPERAND = r"[($]*[0-9]+(?:[.,][0-9]+)*[)%]*"
-# Operands joined by operators and annotation marks, perhaps cut off after one: "12-5=<<12-5=7>>7".
+# Operands joined by operators and annotation marks: "12-5=<<12-5=7>>7". It may end in a mark.
 EXPRESSION = re.compile(rf"(?:<<)?{OPERAND}(?:\s?[-+*/×÷=<>]+\s?{OPERAND})+(?:\s?[=<>]+)?")
 
 

@@ -1,25 +1,26 @@
 """The update of the senior on text that two models wrote: REINFORCE and, from Tandem RL, GRPO.
 
 REINFORCE. Each update follows the gradient of (1) with respect to the senior's parameters, with the
-sampled rollouts y and their rewards r held fixed (West et al., 2025; c and j: their Appendix E):
+sampled rollouts y and their rewards r held fixed (West et al., 2025; their Appendix E has c and j):
 
     J = E[ w(y) * sum_t m_t * log pi_senior(y_t | x_senior, y_<t) ]                     (1)
     w(y) = r + c * (1 - r)            1 for a right rollout, c for a wrong one          (2)
     m_t  = 1 if the senior wrote y_t, else j                                            (3)
 
-The senior scores every token, the junior's included, under its own prompt; all probabilities are
-those at the sampling temperature.
+The senior reads every token, the junior's included, under its own prompt; all probabilities are
+those at the sampling temperature. `loss` also divides by the number of tokens of the batch.
 
 GRPO (Tandem RL: Jiao et al., 2026) compares a rollout with the other rollouts of its problem. With
 G rollouts per problem and their rewards r_1 ... r_G, the weight w(y) in (1) is the advantage
 
     A(y_i) = (r_i - mean(r)) / (std(r) + 1e-6)       std with G - 1 in its denominator  (4)
 
-and the junior's tokens are not scored (the arms with GRPO in lab/experiments.py have j = 0). GRPO
-also multiplies each term by the clipped ratio pi_senior / pi_old, where pi_old is the senior that
+and the junior's tokens have weight 0 (the arms with GRPO in lab/experiments.py have j = 0). Where
+(1) has log pi_senior, GRPO has the clipped ratio pi_senior / pi_old; pi_old is the senior that
 wrote the rollouts. Here each batch is used for one optimizer step, so pi_old = pi_senior: the ratio
-is 1, it is never clipped, and its gradient is that of log pi_senior, as in (1). One control
-experiment of Tandem RL subtracts a KL penalty, beta * k3_t, for every token of the senior:
+is 1, it is never clipped, and its gradient is that of log pi_senior, as in (1). Nor is each rollout
+divided by its own length. One control experiment of Tandem RL subtracts a KL penalty, beta * k3_t,
+for every token of the senior:
 
     k3_t = exp(d_t) - 1 - d_t                                                           (5)
     d_t  = log pi_junior(y_t | x_junior, y_<t) - log pi_senior(y_t | x_senior, y_<t)
@@ -39,13 +40,13 @@ Worked example of (1) to (3) with c = -0.4 and j = 0.3. A right rollout by senio
 has the token weights 1, 0.3, 1; a wrong one by junior, senior has -0.12, -0.4.
 
 What this optimises. With j = 0 and a schedule whose coins depend only on written text (`token`,
-`redraw`), the gradient of (1) is 1 - c times the policy gradient of the team's expected reward:
+`redraw`), the gradient of (1) is the policy gradient of the team's expected reward, times 1 - c:
 w = (1 - c)(r - b) with the constant baseline b = -c / (1 - c). Under `word` it is an approximation,
-because discarded candidates are not scored (tandem.py). With j = 1 it is not a policy gradient: the
-senior also imitates what the junior wrote in right rollouts, and with c < 0 it unlearns what the
-junior wrote in wrong ones. Dividing by std in (4) gives the problems weights that depend on how
-many of their G rollouts are right (for G = 2 or 3 all problems that matter have the same std).
-There is no learned baseline and no entropy bonus.
+because (1) has no term for discarded candidates (tandem.py). With j = 1 it is not a policy
+gradient: the senior also imitates what the junior wrote in right rollouts, and with c < 0 it
+unlearns what the junior wrote in wrong ones. Dividing by std in (4) weights problems by how many of
+their G rollouts are right (but for G = 2 or 3, where every group with both has the same std). There
+is no learned baseline and no entropy bonus.
 """
 
 import torch
@@ -146,11 +147,11 @@ def loss(
     junior=None,
     kl: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-((1) - KL penalty) / num_tokens, as a differentiable scalar; and logprobs (B, C), detached.
+    """(KL penalty - sum in (1)) / num_tokens, a differentiable scalar; logprobs (B, C), detached.
 
     num_tokens: the completion tokens of the whole batch, right and wrong; `rollouts` may be a
-    micro-batch of it. So all tokens weigh the same, as in the policy gradient; as the number is
-    random, there is a bias of order 1/B. The value of the loss measures nothing, since texts and
+    micro-batch of it. So a long rollout counts in full, as in the policy gradient; that the divisor
+    is random adds a bias of order 1/B. The value of the loss measures nothing, since texts and
     weights are new in every update: watch the rewards.
     """
     # log pi_senior(y_t | x_senior, y_<t)

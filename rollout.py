@@ -13,13 +13,13 @@ model's candidate (West et al., 2025):
     who wrote y_t         senior_mask (B, C), recorded when it is sampled and never inferred later
     T                     temperature
 
-After sampling comes the algorithm for one rollout, without cache and batch, then the same for a
+Below stand `sample`, the algorithm for one rollout, without cache and batch, and the same for a
 batch; a test checks that both write the same tokens. What makes it fast is in lab/engine.py.
 
-All random numbers are drawn in advance: for sampling one per row, step and model, and one coin per
-row and step, of which each toss uses the row's next one. So, up to rounding, a row's text does not
-depend on the other rows of the batch, and the senior samples with the same numbers whether it
-writes alone (p = 1) or with the junior. There is no top-k or top-p: the loss uses log-probabilities
+All random numbers are drawn in advance: one per row, step and model for sampling, and for each row
+a list of coins, which its tosses use up in order. So, up to rounding, a row's text does not depend
+on the other rows of the batch, and the senior samples with the same numbers whether it writes alone
+(p = 1) or with the junior. There is no top-k or top-p: the loss uses log-probabilities
 under the full softmax.
 """
 
@@ -51,8 +51,7 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tor
     """Sample from softmax(logits / T) with given random numbers, by inverting the cumulative sum.
 
     logits (B, V), noise (B,) uniform in [0, 1) -> ids (B,). Temperature 0 is greedy decoding.
-    Raises FloatingPointError for logits that are NaN or infinite, with which a broken model would
-    merely look weak.
+    Raises FloatingPointError if a logit is NaN or +inf: a broken model would merely look weak.
 
     >>> logits = torch.tensor([[0.25, 0.75]]).log()
     >>> [sample(logits, torch.tensor([u]), 1.0).item() for u in (0.0, 0.2, 0.3, 0.9)]
@@ -77,8 +76,8 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tor
 def random_numbers(batch: int, max_new_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(noise (2, C, B), coins (C, B)), uniform in [0, 1): for sampling, and for the coins.
 
-    Two generators, with the seeds 2 * seed and 2 * seed + 1, so that the numbers for sampling are
-    the same whatever p is. (torch keeps 32 bits of a seed: 2 * seed + 1 must be below 2**32.)
+    Two generators, with the seeds 2 * seed and 2 * seed + 1. Neither depends on p. (torch keeps 32
+    bits of a seed: 2 * seed + 1 must be below 2**32.)
     """
     for_tokens, for_coins = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
     noise = torch.rand(2, max_new_tokens, batch, generator=for_tokens)
@@ -124,7 +123,8 @@ def reference_rollout(
 
 @dataclass
 class Rollouts:
-    """B completions with both prompts. In the masks 1 is a token and 0 is padding."""
+    """B completions with both prompts. Padding is 0 in every mask, and tokens are 1 but for the
+    junior's in senior_mask."""
 
     prompt_ids: torch.Tensor  # (B, P), the senior's prompts, padded on the left
     prompt_mask: torch.Tensor  # (B, P)
@@ -170,7 +170,7 @@ def rollout(
     p: the probability that a coin names the senior. At p = 1 the junior is never run, at p = 0 the
     senior never is. stop: a completion ends with the token that makes its text match, for instance
     the line break after the answer. trace: a list to which each step appends (rows, the senior's
-    candidates, the junior's, whether a coin was tossed before the token), for readers of rollouts.
+    candidates, the junior's, whether a coin was tossed before the token), for lab/viewer.py.
     Raises ValueError if the numbers of prompts differ.
     """
     max_new_tokens, batch = coins.shape
@@ -206,7 +206,7 @@ def rollout(
                 authors[row].append(int(senior))
                 done = stop is not None and stop.search(handoff.text[row]) is not None
                 finished[row] = done or token in pair.end_ids
-        # What readers of rollouts want to see of the step (lab/viewer.py).
+        # What the page of rollouts shows of the step (lab/viewer.py).
         if trace is not None:
             # After a toss, the written token is the only one since that toss.
             tossed = [len(handoff.recent[row]) == 1 for row in rows]

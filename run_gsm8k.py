@@ -10,16 +10,17 @@ presets. One update (`train` below), with B rollouts of C tokens; x are the prom
     problem ─┬ x_senior ─ senior ┐ both sample a candidate; at each new word a      rollout.py
              └ x_junior ─ junior ┘ coin names the writer, whose candidate stays     tandem.py
                   └─> completion_ids, senior_mask (B, C), texts
-    texts ─> rewards (B,) ─> weights (B, C)                                         reward.py
-    weights * log pi_senior(y_t | x_senior, y_<t) (B, C) ─> loss ─> one LoRA step   reinforce.py
+    texts ─> rewards (B,)                                                           reward.py
+    rewards, senior_mask ─> weights (B, C)                                          reinforce.py
+    weights * log pi_senior(y_t | x_senior, y_<t) (B, C) ─> loss ─> one LoRA step
 
 Deviations from the first paper, whose full text we could not read (we know it from secondary
 sources; `# Open in paper:` marks what they leave open, and results/open-choices.md lists it):
 
 1) In the tiny preset the models have half a million parameters and the problems are generated, so
    that the effect shows within minutes. --preset paper has the paper's models and problems.
-2) So small a model does not learn from examples in its prompt: a cue ("Antwort:") selects the
-   language, and the senior is first fine-tuned on annotated solutions (it is then a *specialist*).
+2) So small a model does not learn from solved examples in its prompt: a cue ("Antwort:") selects
+   the language, and the senior is first fine-tuned on annotated solutions: it is a *specialist*.
 3) The tiny preset has a learning rate of 1e-3 instead of 1e-4 and 28 or 40 updates instead of 80.
 4) A completion ends with the line that holds "####" and a number, whichever model is active.
 
@@ -83,14 +84,15 @@ def train(args: Namespace, pair: Pair) -> None:
             # The control in which a reward says nothing about its rollout.
             order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
             rewards = rewards[order.to(args.device)]
-        # 4. Weights: one per rollout, w(y) (REINFORCE) or its advantage within its group (GRPO).
-        # The junior's tokens get j times the weight of their rollout.
+        # 4. Weights: one per rollout, w(y) (REINFORCE) or its advantage within its group (GRPO); a
+        # baseline would go here. The junior's tokens get j times the weight of their rollout.
         if args.algorithm == "grpo":
             w = group_advantages(rewards, args.rollouts_per_prompt)  # (B,)
         else:
             w = outcome_weights(rewards, args.wrong_weight)  # (B,)
         weights = token_weights(rollouts, w, args.junior_weight, args.senior_weight)  # (B, C)
-        # 5. Loss and gradient, as a sum over micro-batches.
+        # 5. Loss and gradient, micro-batch by micro-batch. Without a KL penalty, rollouts whose
+        # weight is 0 are left out.
         num_tokens = rollouts.completion_mask.sum()
         parts = engine.micro_batches(rollouts, weights, args.micro_tokens, keep_all=args.kl > 0)
         row |= {"loss": 0.0, "grad_norm": 0.0} if parts else {"loss": None, "grad_norm": None}
@@ -132,7 +134,7 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
 
     def write(rows: slice) -> Rollouts:
         if rows.start == 0 and options.get("trace"):
-            options["trace"].clear()  # of an attempt for which memory did not suffice
+            options["trace"].clear()  # what an attempt left for which memory did not suffice
         asked = [of_model[rows] for of_model in prompts]
         return rollout(pair, *asked, noise[:, :, rows], coins[:, rows], p=p, **options)
 
@@ -223,7 +225,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--junior", "the same; if it equals --senior, its weights are loaded once", type=name)
     add("--four-bit", "load the base weights in 4 bits (QLoRA)", action="store_true")
     add("--problems", "generated, a folder, or a hub id", type=name)
-    add("--specialist-steps", "fine-tuning steps; 0 if the senior is one", type=number(int, 0))
+    add("--specialist-steps", "fine-tuning steps; 0: keep the senior as it is", type=number(int, 0))
     add("--specialist-batch", "solutions per step of fine-tuning", type=count)
     add("--eval-problems", "held-out problems per evaluation", type=count)
     add("--eval-every", "updates between evaluations", type=count)
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     terminal.finish(todo, SETTINGS if args.setting == "all" else [args.setting])
 
 
-_pair: list[Pair] = []  # of this process, loaded for its first run and used for all
+_pair: list[Pair] = []  # loaded once per process; make_specialist resets the senior for each run
 
 
 def train_one(args: Namespace) -> None:

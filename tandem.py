@@ -16,7 +16,7 @@ A trace with p = 0.5, token by token:
     junior    "/"        "8"        no                   -        "8"        junior
     junior    "/"        " clips"   yes                  junior   " clips"   junior
 
-When a coin is tossed is decided by a *schedule*. The trace uses `word`; there are five:
+A *schedule* decides when a coin is tossed. The trace uses `word`; there are five:
 
     token       before every token
     word        before a token that opens a word (the paper's, and the default)
@@ -29,7 +29,7 @@ In the third row of the trace the senior's candidate " sells" caused the toss bu
 text. Its probability therefore affects the text, while the loss has no term for it, so the policy
 gradient is only approximate under `word`, `sentence` and `paragraph`. Under `token` and `redraw`
 the tosses depend only on text that is already written, and the policy gradient is exact if the loss
-sums over tokens and scores only the senior's own (see reinforce.py). tests/test_gradients.py checks
+is a sum over the senior's own tokens (see reinforce.py). tests/test_gradients.py checks
 both. `# Open in paper:` marks a choice that the papers, as far as we know them, leave open.
 
 This file works on text and knows no model. Models are run and sampled in rollout.py.
@@ -50,7 +50,7 @@ OTHER, WORD, EXTENDER, JOINER, FLAG = "other", "word", "extender", "joiner", "fl
 def character_class(character: str) -> str:
     """WORD for letters and decimal digits, which join into words; OTHER for what stands alone.
 
-    Punctuation is OTHER, so that in <<48/2=24>> a handoff is possible before nearly every token.
+    Punctuation is OTHER, so that in <<48/2=24>> a coin is tossed before nearly every token.
     Ideographs and kana are OTHER too, because Chinese and Japanese are written without spaces.
 
     The remaining classes keep visible characters whole. An EXTENDER belongs to the character before
@@ -60,7 +60,7 @@ def character_class(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cs":
         # Half a character, as `decode` returns it. Its lead byte tells most scripts apart: 0xC3 to
-        # 0xE1 begin letters from Latin to Thai, 0xEA to 0xED Korean.
+        # 0xE1 begin mostly letters, from Latin to Khmer, 0xEA to 0xED Korean.
         lead = ord(character) - 0xDC00
         return WORD if 0xC3 <= lead <= 0xE1 or 0xEA <= lead <= 0xED else OTHER
     if character == "\u200d":
@@ -145,7 +145,8 @@ def next_token(
 #     piece    the candidate of the active model, as text
 #
 # To add one, write such a function and name it in SCHEDULES. The first token always has a toss, so
-# `text` and `recent` are not empty. `lambda text, recent, piece: text.endswith("=")` is a schedule.
+# `recent` is not empty (`text` may be: some tokens have no text). An example of a schedule is
+# `lambda text, recent, piece: text.endswith("=")`.
 
 MAX_GAP = 32  # tokens without a toss under `redraw`
 
@@ -159,7 +160,7 @@ def before_a_word(text: str, recent: list[str], piece: str) -> bool:
 
 
 def before_a_sentence(text: str, recent: list[str], piece: str) -> bool:
-    """A line break ends a sentence; so does a sentence mark before white space, unlike in 3.5."""
+    """A line break ends a sentence; so does a mark before white space (not that in 3.5)."""
     ends = text.rstrip().endswith(tuple(".!?…。！？"))
     return (ends or _at_line_start(text)) and _begins_unit(text, recent, piece)
 
@@ -170,7 +171,7 @@ def before_a_paragraph(text: str, recent: list[str], piece: str) -> bool:
 
 
 def after_a_space(text: str, recent: list[str], piece: str) -> bool:
-    """It depends on written text only: after " so" the other model may go on with "ld"."""
+    """It sees written text only: one model may write " so", and the other go on with "ld"."""
     return recent[-1].startswith(" ") or len(recent) >= MAX_GAP
 
 
@@ -181,7 +182,7 @@ def _at_line_start(text: str) -> bool:
 def _begins_unit(text: str, recent: list[str], piece: str) -> bool:
     """Whether `piece` begins a new unit, after or with white space, or after a full-width mark.
 
-    The end token does. White space alone does not.
+    The end token counts as beginning with white space. White space alone begins no unit.
     """
     after_blank = text[-1:].isspace() or text.endswith(tuple("。！？"))
     after_blank = after_blank or piece[:1].isspace() or not piece
@@ -232,7 +233,7 @@ class Handoff:
         by_senior = []
         for row, senior_id, junior_id in zip(rows, senior_ids, junior_ids):
             text, recent, senior = decode(self.text[row]), self.recent[row], self.senior_active[row]
-            # 1. Does the schedule call for a toss? The first token always has one.
+            # 1. Does the schedule call for a toss? (Before the first token, senior is None: yes.)
             candidate = decode(self.pieces[senior_id if senior else junior_id])
             if senior is None or self.calls_for_toss(text, recent, candidate):
                 # 2. If so, the next unused coin of the rollout names the writer.
