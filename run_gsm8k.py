@@ -50,7 +50,6 @@ from tandem import SCHEDULES
 # Training
 
 
-@runs.ends_if_it_diverges
 def train(args: Namespace, pair: Pair) -> None:
     """One run of one arm and seed. It writes the files of lab/runs.py; --resume continues them."""
     problems, held_out = tasks.load_problems(args)
@@ -149,7 +148,8 @@ def finish_update(row, args: Namespace, pair: Pair, optimizer, held_out: list, k
         row["eval"] = evaluate(row["update"], args, pair, held_out)
         row["seconds_eval"] = time.time() - started
     terminal.log_row(row, args)
-    runs.save(row, args, pair.senior, optimizer, kept)
+    runs.append_rows(runs.run_folder(args) / "metrics.jsonl", [row])
+    runs.save_state(args, row["update"], pair.senior, optimizer, kept)
 
 
 # ------------------------------------------------------------------------------------------------

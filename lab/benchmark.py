@@ -7,12 +7,13 @@
               lab/engine.py and with the definition, plain_logprobs of reinforce.py, for
               vocabularies of 32,000 and 152,000 tokens
     cuda      two checkpoints of the size of Llama-2-7B with random weights in NF4: their weights,
-              31 rollouts of 200 + 256 tokens, an update on them, and the times of the part `tiny`
+              31 rollouts of 200 + 256 tokens, an update on them, and their times, as in the part
+              `tiny`
 
 Without --only all parts run, cuda only where there is a GPU. --out adds the numbers to a JSON file.
-peak_mib is what was needed in addition: of tensors on a GPU to what was in use before, of the whole
-process on a CPU to the most that it had used before. Times are medians and depend on the machine;
-compare ratios. Nothing here says how good a model is.
+peak_mib: on a GPU, the peak of the tensors minus what was in use before; on a CPU, by how much the
+peak of the process rose. Times are medians, but for the one rollout and update of the part cuda,
+and depend on the machine: compare ratios. Nothing here says how good a model is.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def measure_updates() -> dict:
 
 def measure_update(name: str, vocab_size: int) -> dict[str, float]:
     """An update of a small Llama with "plain" or "completion" log-probabilities."""
-    # In this process only, the definition takes the place of the fast version, or nothing changes.
+    # For "plain", the definition replaces the fast version, in this process only.
     reinforce.completion_logprobs = getattr(reinforce, f"{name}_logprobs")
     sizes = dict(vocab_size=vocab_size, hidden_size=256, intermediate_size=512)
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).to(DEVICE)
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PARTS), help="measure this part only")
     parser.add_argument("--out", type=Path, help="JSON file to which the numbers are added")
     args = parser.parse_args()
-    # A file that cannot be used is noticed before anything is measured.
+    # A damaged file is noticed before anything is measured.
     found = json.loads(args.out.read_bytes()) if args.out and args.out.is_file() else {}
     for part in [args.only] if args.only else PARTS:
         found[part] = PARTS[part]() | runs.describe_machine(DEVICE)

@@ -9,11 +9,11 @@ decoding fast: caches are allocated once; prompts that begin alike are read once
 differ; finished rollouts leave the batch; and where the junior is the senior's base with the
 adapter off, one forward pass over 2B rows serves both models.
 
-The update. The output layer runs only on completion tokens, in chunks. Where it is frozen, the
-gradient with respect to its input is computed in the forward pass, so that no logits are stored.
+The update. The output layer runs only on completion tokens. Where it is frozen, it runs in chunks,
+and the gradient with respect to its input is computed in the forward pass: no logits are stored.
 """
 
-import itertools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -95,7 +95,9 @@ class CachedModel:
         # Only the logits at the last position are needed. With an integer instead of a tensor,
         # the models would take a slice for which PyTorch copies the output layer once per row.
         self.last = torch.tensor([-1], device=device)
-        shared = min(map(common_prefix, prompts_by_role))
+        # What all prompts have in common at their beginning, less than any prompt has.
+        beginnings = [[prompt[:-1] for prompt in of_role] for of_role in prompts_by_role]
+        shared = min(len(os.path.commonprefix(of_role)) for of_role in beginnings)
         if shared >= MIN_SHARED:
             self.read_beginnings([of_role[0][:shared] for of_role in prompts_by_role], mask)
         self.read(ids[:, self.length :])
@@ -135,13 +137,6 @@ class CachedModel:
         index = rows[:, kept].flatten()
         self.mask, self.position_ids = self.mask[index], self.position_ids[index]
         self.cache.batch_select_indices(index)
-
-
-def common_prefix(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts have in common at their beginning, less than any prompt has."""
-    # In alphabetical order every prompt lies between these two, so what they share all share.
-    pairs = zip(min(prompts)[:-1], max(prompts)[:-1])
-    return len(list(itertools.takewhile(lambda two: two[0] == two[1], pairs)))
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -9,7 +9,7 @@ The flags of a run are, each going over those before it,
 
     DEFAULTS, the lengths of the arm, its preset, the command line, the arm
 
-where the lengths (LENGTHS) are what an arm sets only for the tiny preset.
+where the lengths of an arm (LENGTHS) are those for the tiny preset.
 """
 
 from argparse import Namespace
@@ -157,7 +157,7 @@ SETTINGS: dict[str, list[str]] = {
     + ["p-0.25", "p-0.75", "solo"],
     "control": ["tandem", "imitation", "shuffled", "senior-only"]
     + ["de-fr-tandem", "de-fr-imitation", "de-fr-shuffled", "de-fr-senior-only"],
-    "sweep": [arm for arm in ARMS if "wrong_weight" in ARMS[arm] and "validation" in ARMS[arm]],
+    "sweep": [arm for arm in ARMS if "validation" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
     "credit": [f"{language}{arm}" for language in ("", "de-fr-") for arm in CREDIT],
     "pressure-language": ["de-fr-grpo-tandem", "en-de-grpo-tandem"],
@@ -189,6 +189,6 @@ def flags_of_run(given: dict, arm: str, seed: int) -> Namespace:
     fixed = {flag: value for flag, value in of_arm.items() if flag not in LENGTHS}
     preset = PRESETS[given.get("preset", "tiny")]
     flags = DEFAULTS | of_arm | preset | given | fixed | {"arm": arm, "seed": seed}
-    # With larger groups the batch grows, so that it holds the same number of problems.
+    # An arm with twice the rollouts per problem keeps its number of problems.
     flags["batch"] *= flags.pop("batch_factor", 1)
     return Namespace(**flags)

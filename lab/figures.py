@@ -1,7 +1,7 @@
 """Every figure, drawn from the rows that runs have written:  python -m lab.figures RUNS
 
 RUNS is the folder that run_gsm8k.py writes: RUNS/<arm>/seed-<k>/metrics.jsonl has one row per
-update, samples.jsonl some rollouts, and measures.jsonl (with --measures) one number per problem. A
+update, samples.jsonl some rollouts, and measures.jsonl (arms of rlvr) one number per problem. A
 setting is a list of arms that are compared (lab/experiments.py). Its tables (lab/tables.py) are
 printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
 
@@ -53,7 +53,7 @@ BLUE, RED, GREEN, ORANGE, PINK, SKY = COLOURS[:6]
 GREY = "#555555"  # of the junior alone, and of schedules
 
 # Label, colour and marker of an arm in every figure; the arms of a pair of languages look like
-# those without it. Two arms have the same colour only if they are variants that never meet.
+# those without it. Two arms have the same colour only if they never meet in a figure.
 Look = tuple[str, str, str]
 ARMS: dict[str, Look] = {
     "tandem": ("tandem training", BLUE, "o"),
@@ -78,7 +78,7 @@ LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
 
 
 def look_of(arm: str) -> Look:
-    """Of an arm that is not in ARMS: its name, and what a checksum of the name chooses."""
+    """An arm that is not in ARMS has its name, and colour and marker by a checksum of it."""
     chosen = zlib.crc32(arm.encode())
     own = arm, COLOURS[chosen % 7], "os^Dv"[chosen % 5]
     return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), own)
@@ -190,7 +190,8 @@ def wrap(tokens: Iterable[list]) -> list[tuple[str, list[str]]]:
 def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     """One problem and three joint rollouts by author: before, during and after training.
 
-    The second one is the first whose verdict or jargon differs from those before training. None if
+    The second is the first whose verdict or jargon differs from those before training, or else the
+    middle one. None if
     no problem of the arm "tandem" was kept at three evaluations.
     """
     chosen = viewer.choose_example(folder)
@@ -238,7 +239,7 @@ def forest(ax: plt.Axes, rows: dict[str, list[tuple]]) -> None:
     ax.set_ylim(len(rows) - 0.2, -0.25)
 
 
-EARLY = 8  # the update at which jargon is compared
+EARLY = 8  # jargon is compared at this update, or at the last evaluation before it
 
 
 def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
@@ -248,8 +249,9 @@ def granularity(folder: Path, runs: pd.DataFrame) -> plt.Figure:
         handoffs[arm] = 0.0 if arm == "solo" else pooled(of_arm, "tandem", "handoffs").value[0]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.3), sharey=True, layout="constrained")
     axes[0].set_ylabel("arm: handoffs per rollout before training")
-    labels = f"with jargon at update {EARLY} (%)", "right at the end (%)"
-    for ax, metric, last, label in zip(axes, ("jargon", "accuracy"), (EARLY, None), labels):
+    early = runs[runs["update"] <= EARLY]["update"].max()
+    labels = f"with jargon at update {early} (%)", "right at the end (%)"
+    for ax, metric, last, label in zip(axes, ("jargon", "accuracy"), (early, None), labels):
         rows = {}
         for arm in sorted(handoffs, key=handoffs.get, reverse=True):
             value, low, high = pooled(runs[runs.arm == arm], "senior", metric).loc[:last].iloc[-1]
@@ -293,8 +295,8 @@ ADVISED = [(c, j) for c in (-0.3, -0.5) for j in (0.2, 0.35)]  # by the paper's 
 
 
 def read_cells(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per (c, j), the largest first: joint accuracy at the end, and until when there is
-    jargon (nan if it stays). Cells in which training diverged are left out.
+    """A row per (c, j), the largest first: joint accuracy at the end, and the first evaluation with
+    little jargon (nan: none). Cells in which training diverged are left out.
     """
     cells = []
     for arm, of_arm in runs.groupby("arm"):
@@ -337,17 +339,20 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
 # ------------------------------------------------------------------------------------------------
 # Everything
 
-# {setting: {name of the file: function}}
 skill, pair = partial(curves, metrics=SKILL), partial(curves, metrics=PAIR)
 
 
-def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure:
+def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure | None:
     """The arms with true rewards, or those with shuffled ones, whose names have this end."""
-    figure = pair(folder, runs[runs.arm.str.endswith("-shuffled") == bool(end)])
+    runs = runs[runs.arm.str.endswith("-shuffled") == bool(end)]
+    if runs.empty:
+        return None
+    figure = pair(folder, runs)
     figure.axes[0].set_title(f"with jargon{', shuffled rewards' if end else ''}")
     return figure
 
 
+# {setting: {name of the file: function}}
 FIGURES: dict[str, dict] = {
     "skill": {"skill-figure1": figure_1, "skill-figure2": partial(skill, also=("imitation",))},
     "language": {"language-figure2": pair, "language-figure3": partial(curves, metrics=SPOKEN)},

@@ -61,7 +61,7 @@ def read_runs_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> lis
 
 
 def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Namespace]) -> None:
-    """Flags that contradict each other, ask for too much, or have no effect on any run."""
+    """Flags that contradict each other, ask for too much, or are fixed by the arms."""
     if given.get("p") in (0, 1):
         parser.error(f"--p {given['p']:g}: one model would never write: choose an arm such as solo")
     for flag in given:
@@ -71,9 +71,9 @@ def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Name
     for run in runs:
         group, solved = run.rollouts_per_prompt, run.specialist_steps * run.specialist_batch
         if run.batch % group:
-            parser.error(f"--batch {run.batch}: arm {run.arm} has {group} rollouts per problem")
+            parser.error(f"--batch: {run.arm} has {run.batch} rollouts in groups of {group}")
         if max(run.updates * run.batch, solved, run.eval_problems) >= 10**6:
-            remedy = "lower --updates, --batch, --specialist-steps, -batch or --eval-problems"
-            parser.error(f"more than a million problems per run are too many: {remedy}")
+            remedy = "lower --updates, --batch, --specialist-steps or --eval-problems"
+            parser.error(f"a million rollouts or problems per run are too many: {remedy}")
         if run.arm.startswith("rlvr") and run.senior != run.junior:
             parser.error(f"arm {run.arm} starts from one model: --junior must equal --senior")

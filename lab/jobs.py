@@ -16,14 +16,13 @@ from contextlib import ExitStack, contextmanager
 
 from filelock import FileLock, Timeout
 
-from lab import terminal
-from lab.runs import Refused, check_folder, is_finished, run_folder, writing
+from lab import runs, terminal
 
 
 def run_all(train: Callable[[Namespace], None], todo: list[Namespace]) -> None:
     """Train every run that is not finished, --jobs at a time."""
     with locked(todo):
-        left = [args for args in todo if not is_finished(args)]
+        left = [args for args in todo if not runs.is_finished(args)]
         if not left:
             return
         jobs = min(left[0].jobs, len(left))
@@ -43,25 +42,29 @@ def locked(todo: list[Namespace]) -> Iterator[None]:
     """Lock and check the folder of every run, before anything long. Locks die with the process."""
     with ExitStack() as locks:
         for args in todo:
-            folder = run_folder(args)
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            folder = runs.run_folder(args)
             try:
                 locks.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout as error:
                 remedy = "wait until it has ended, or choose another --out"
-                raise Refused(f"{folder} is written by another process: {remedy}") from error
+                raise runs.Refused(f"{folder} is written by another process: {remedy}") from error
             except OSError as error:
-                # Every run of the command holds a file open, of which there may be too many.
+                # Each run holds its lock file open, and too many files may be open.
                 remedy = "choose another --out, ask for fewer --seeds, or raise `ulimit -n`"
-                raise Refused(f"cannot lock {folder} ({error}): {remedy}") from error
-            check_folder(args)
+                raise runs.Refused(f"cannot lock {folder} ({error}): {remedy}") from error
+            runs.check_folder(args)
         yield
 
 
 def run_one(train: Callable[[Namespace], None], args: Namespace) -> None:
-    train(args)
-    terminal.log_end(args)
+    """Train a run to its end. If it diverges, stopped.txt says why, and the other runs go on."""
+    try:
+        train(args)
+    except (runs.Diverged, FloatingPointError) as error:
+        path = runs.run_folder(args) / "stopped.txt"
+        runs.replace_file(path, f"{path.parent}: {error}\n".encode())
+    name, why = terminal.name_of(args), runs.why_it_diverged(args)
+    terminal.show(name, args.updates, args.updates, line=why)
 
 
 def run_side_by_side(train: Callable[[Namespace], None], left: list[Namespace], jobs: int) -> None:
@@ -79,7 +82,7 @@ def run_side_by_side(train: Callable[[Namespace], None], left: list[Namespace], 
                 future.result()  # raises the error of the run, if there is one
     except BrokenProcessPool as error:
         remedy = "continue with --resume and fewer --jobs"
-        raise Refused(f"a process was killed, perhaps for want of memory: {remedy}") from error
+        raise runs.Refused(f"a process was killed, perhaps for want of memory: {remedy}") from error
     finally:
         # After Ctrl-C or an error no run goes on, because every run can be resumed.
         for worker in multiprocessing.active_children():

@@ -6,10 +6,11 @@ are the same checkpoint, its weights are loaded once: the junior is that base wi
 and one forward pass can serve both (SharedJunior). Otherwise the junior is a second model.
 
 Memory, measured once: with Qwen2.5 1.5B and 0.5B in bfloat16 on a CPU, and updates in parts of
-2,048 tokens, the peak of the process is 20.1 GB.
+1,024 or 2,048 tokens, the peak of the process is 20 GB.
 
 Before anything long, a pair is tried out: what lab/engine.py does with it is compared with plain
-forward passes, and architectures for which they differ are refused. No code of a checkpoint is run.
+forward passes, and architectures for which they differ are refused. No Python code of a checkpoint
+is run.
 """
 
 import hashlib
@@ -45,7 +46,8 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 # What a run asks its models depends on these flags alone.
 ASKED = "senior_language junior_language seed validation updates batch eval_problems".split()
-ASKED += ["rollouts_per_prompt", "specialist_steps"]
+ASKED += "rollouts_per_prompt specialist_steps specialist_batch shots max_new_tokens".split()
+ASKED += ["measures"]
 
 
 def check_before_loading(todo: list[Namespace]) -> None:
@@ -59,17 +61,20 @@ def check_before_loading(todo: list[Namespace]) -> None:
     tokenizers, contexts, vocab_size = load_tokenizers(*names)
     identities = [identity(name) for name in names]
     files = [Path(todo[0].problems).expanduser() / f"{split}.jsonl" for split in ("train", "test")]
+    files += [tasks.PATTERNS_FILE] if todo[0].problems == tasks.GENERATED else []
     for run in todo:
         run.base, run.junior_base = identities
-        # Resumed, a run must not go on with other problems.
+        # Resumed, a run must not go on with other problems. (Of a hub id nothing is known here.)
         run.problems_checksum = checksum([path for path in files if path.is_file()])
         run.bfloat16 = run.device != "cpu" if run.bfloat16 is None else run.bfloat16
     pair = Pair(None, None, *tokenizers, [], [])
     for run in {tuple(vars(run)[flag] for flag in ASKED): run for run in todo}.values():
         problems = [problem for of_split in tasks.load_problems(run) for problem in of_split]
         prompts = tasks.prompts_of_pair(problems, run, pair)
+        # The junior also goes on after the senior's solutions (lab/measures.py).
+        new = run.max_new_tokens * (2 if run.measures else 1)
         for name, context, asked in zip(names, contexts, prompts):
-            check_texts(name, *asked, vocab_size, context - run.max_new_tokens)
+            check_texts(name, *asked, vocab_size, context - new)
         taught = tasks.annotated_solutions(run)[: run.specialist_steps * run.specialist_batch]
         texts = [f"{prompt} {solution}" for prompt, solution in taught]
         # Every solution is followed by an end token.
@@ -103,8 +108,8 @@ def checkpoint(name: str) -> str:
 def identity(name: str | Path = TINY) -> str:
     """A readable name of a checkpoint that changes with its weights.
 
-    Of a folder: its name and a checksum of its configurations, chat template and weights, which
-    training changes everywhere, so that parts of them suffice. Of a hub id: its commit.
+    Of a folder: its name and a checksum of configurations, tokenizer, chat template and parts of
+    the weights, which training changes everywhere. Of a hub id: its commit.
     """
     folder = Path(name).resolve()
     if not folder.is_dir():
@@ -134,7 +139,7 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
     """
     tokenizers = [load(AutoTokenizer, name) for name in names]
     configs = [load(AutoConfig, name).get_text_config() for name in names]
-    # Beyond the second limit, some models rotate all positions anew, which a cache would miss.
+    # Beyond the second limit, some models rotate positions otherwise, also those that are cached.
     limits = ("max_position_embeddings", "original_max_position_embeddings")
     contexts = [min(getattr(c, limit, None) or math.inf for limit in limits) for c in configs]
     # Within a family, logits may be padded to different widths. Both are cut to the smaller.
@@ -184,7 +189,7 @@ def load_pair(args: Namespace) -> Pair:
         check_decoding(pair)
     except Exception as error:
         # Whatever goes wrong here would go wrong in the first rollout.
-        about = f"{senior} ({type(base).__name__}) cannot be trained here"
+        about = f"{senior} with {junior} ({type(base).__name__}) cannot be trained here"
         raise ValueError(f"{about} ({error!r:.200}): choose another model") from error
     return pair
 

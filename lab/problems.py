@@ -86,8 +86,7 @@ def _parse(line: bytes, where: str) -> Problem:
     try:
         row = json.loads(line.decode())
         question, (solution, mark, after) = row["question"], row["answer"].rpartition("####")
-        # The reference is read by the rule by which solutions are read, but for an annotation
-        # before the answer, as in "#### <<3+4=7>>7".
+        # The reference is read like a solution, but without annotations: "#### <<3+4=7>>7".
         after = plain(after)
         gold = final_number(mark + after)
         if not question.strip() or not mark or gold is None:
@@ -110,8 +109,8 @@ def _parse(line: bytes, where: str) -> Problem:
 # pattern without an operator tells something and is not a step.
 
 GENERATED = "generated"  # the value of --problems
-_PATTERNS = Path(__file__).with_name("patterns.csv").read_text(encoding="utf-8")
-PATTERNS = list(csv.DictReader(_PATTERNS.splitlines()))
+PATTERNS_FILE = Path(__file__).with_name("patterns.csv")
+PATTERNS = list(csv.DictReader(PATTERNS_FILE.read_text(encoding="utf-8").splitlines()))
 # Every number, every name and every thing is a single token of the tiny tokenizer.
 NAMES = "Anna Clara Emma Julia Lena Marie Nina Olga Paula Rosa Sofia Vera".split()
 ITEMS = "apples books cards coins marbles pens shells stamps".split()
@@ -256,8 +255,8 @@ def annotated_solutions(args: Namespace) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------
 # Prompts: senior and junior each have their own, and share the text that they write
 
-# A completion ends with the line that holds "####" and a number, as in evaluation harnesses, and
-# where a model that was shown solved examples goes on with a question of its own.
+# A completion ends after the line with "####" and a number, as in evaluation harnesses, or where a
+# model that was shown solved examples goes on with a question of its own.
 STOP = re.compile(rb"####[^\n]*[0-9][^\n]*\n|\nQuestion:")
 CUES = {"en": "Answer:", "de": "Antwort:", "fr": "Réponse:"}
 INSTRUCTIONS = {
@@ -343,7 +342,7 @@ def prompts_of_pair(problems: list[Problem], args: Namespace, pair) -> list[tupl
 
     A specialist was fine-tuned on the Question/Answer format without examples. A junior with a chat
     template is asked as in a chat, and so is a senior that starts as the same model (Tandem RL):
-    before training the two are then one policy.
+    without solved examples the two are then one policy before training.
     """
     # Open in paper: the demonstrations. These are ours: annotated for the senior, else plain.
     shown, languages = examples(args), (args.senior_language, args.junior_language)

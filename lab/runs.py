@@ -3,6 +3,7 @@
     OUT/<arm>/seed-<k>/config.json      every flag, versions, device, commit
                        metrics.jsonl    one row per update, appended and flushed
                        samples.jsonl    evaluation rollouts, with the author of every span of text
+                       measures.jsonl   only in arms of Tandem RL: see lab/measures.py
                        adapter/         the senior, which PeftModel.from_pretrained loads
                        state.pt         what --resume needs
                        stopped.txt      only where training diverged: why
@@ -21,7 +22,7 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,10 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
-# Flags that may differ between a run and its --resume: what else to run and how long, where, and
-# what is in memory at a time, which changes results by rounding only.
+# Flags that may differ between a run and its --resume: what else to run and how long, where, in
+# which precision, and what is in memory at a time, which changes results by rounding only.
 MAY_CHANGE = {"setting", "arms", "seeds", "updates", "resume", "out", "jobs", "device"}
-MAY_CHANGE |= {"rollout_batch", "micro_tokens", "checkpointing"}
+MAY_CHANGE |= {"bfloat16", "rollout_batch", "micro_tokens", "checkpointing"}
 
 
 class Refused(ValueError):
@@ -142,7 +143,7 @@ def check_folder(args: Namespace) -> None:
     if (folder / "metrics.jsonl").is_file() and not (folder / "state.pt").is_file():
         # The results of a run whose state was not kept, as in a clone.
         raise Refused(f"{folder} has rows, but no state.pt to resume from: choose another --out")
-    before, now = read_back(folder / "config.json")["flags"], vars(args)
+    before, now = read_back(folder / "config.json", flags=dict)["flags"], vars(args)
     fixed = sorted(before.keys() & now.keys() - MAY_CHANGE)
     if changed := [flag for flag in fixed if before[flag] != now[flag]]:
         flags = ", ".join(f"{flag.replace('_', '-')} = {before[flag]}" for flag in changed)
@@ -152,7 +153,7 @@ def check_folder(args: Namespace) -> None:
 def last_update(args: Namespace) -> int:
     """The update of the last checkpoint; -1 before there is one."""
     state = run_folder(args) / "state.pt"
-    return read_back(state)["update"] if state.is_file() else -1
+    return read_back(state, update=int)["update"] if state.is_file() else -1
 
 
 def is_finished(args: Namespace) -> bool:
@@ -169,28 +170,22 @@ def why_it_diverged(args: Namespace) -> str:
 def begin(args: Namespace, senior, optimizer) -> tuple[int, dict]:
     """Write config.json and load the last state: (its update, what the loop kept).
 
-    Before the first row that is -1 and nothing. The state of update -1 is saved here, so that rows
-    without a state are always those of a clone.
+    Before the first row that is -1 and nothing. The state of update -1 is saved here, so that only
+    a clone has rows without a state.
     """
     if multiprocessing.parent_process():
-        # One of several jobs. Until here, while the others wait for the specialist that it makes,
-        # this process could use all cores.
+        # One of several jobs has one thread. Until here it may have made the specialist for which
+        # the others wait, on all cores.
         torch.set_num_threads(1)
     path = run_folder(args) / "state.pt"
     config = {"flags": vars(args)} | describe_machine(args.device)
     replace_file(path.with_name("config.json"), f"{json.dumps(config, indent=2)}\n".encode())
     if not path.is_file():
         save_state(args, -1, senior, optimizer, {})
-    state = read_back(path)
+    state = read_back(path, update=int, adapter=dict, optimizer=dict, kept=dict)
     load_adapter(senior, state["adapter"], path)
     optimizer.load_state_dict(state["optimizer"])
     return state["update"], state["kept"]
-
-
-def save(row: dict, args: Namespace, senior, optimizer, kept: dict) -> None:
-    """Append the row of an update and, last of all, save the state after it."""
-    append_rows(run_folder(args) / "metrics.jsonl", [row])
-    save_state(args, row["update"], senior, optimizer, kept)
 
 
 def save_state(args: Namespace, update: int, senior, optimizer, kept: dict) -> None:
@@ -217,7 +212,7 @@ def load_adapter(senior, adapter: dict, path: Path) -> None:
 def describe_machine(device: str) -> dict:
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    about = {"device": torch.cuda.get_device_name() if device.startswith("cuda") else on_cpu}
+    about = {"device": torch.cuda.get_device_name(device) if "cuda" in device else on_cpu}
     return about | {"python": platform.python_version(), "versions": versions, "commit": COMMIT}
 
 
@@ -242,11 +237,11 @@ MOST_ONE_SIDED = 5  # a batch of few coins may be one-sided by chance, but not s
 
 def note_pushed_away(row: dict, weights: torch.Tensor, logprobs: torch.Tensor) -> None:
     """Keep the log-probabilities of the tokens with a negative weight in the row, for check_row."""
-    row.setdefault("pushed", []).append(logprobs[weights < 0].detach())
+    row.setdefault("pushed", []).append(logprobs[weights < 0])
 
 
 def check_row(row: dict, args: Namespace, kept: dict, vocab_size: int) -> None:
-    """Raises Diverged before a step that is not finite, or if it pushes tokens away without bound.
+    """Raises Diverged if the step is not finite, or if tokens are pushed away without bound.
 
     Nothing bounds the log-probability of a token with a negative weight from below. Training stops
     when its mean is below that of a uniform distribution, -log V. And a tandem run in which one
@@ -259,26 +254,13 @@ def check_row(row: dict, args: Namespace, kept: dict, vocab_size: int) -> None:
         reason = f"tokens with negative weights are pushed away without bound ({mean:.1f} nats)"
     if reason:
         kept_at = f"the checkpoint of update {row['update'] - 1} is kept"
-        remedy = "start again in another --out with a smaller --lr or a --wrong-weight nearer to 0"
+        remedy = "start again in another --out with a smaller --lr, or --wrong-weight nearer to 0"
         raise Diverged(f"update {row['update']}: {reason}: {kept_at}: {remedy}")
     one_sided = row["senior_share"] in (0, 1) and not (args.solo or args.imitation)
     kept["one_sided"] = kept.get("one_sided", 0) + 1 if one_sided else 0
     if kept["one_sided"] == MOST_ONE_SIDED:
         share = f"the senior wrote {row['senior_share']:.0%} of {MOST_ONE_SIDED} batches in a row"
         sys.exit(f"{share}: this is not tandem training. Check --p, --handoff and --batch")
-
-
-def ends_if_it_diverges(train: Callable) -> Callable:
-    """Decorate the training of a run: if it diverges, stopped.txt says why; other runs go on."""
-
-    def train_to_its_end(args: Namespace, *rest) -> None:
-        try:
-            train(args, *rest)
-        except (Diverged, FloatingPointError) as error:
-            reason = f"{run_folder(args)}: {error}"
-            replace_file(run_folder(args) / "stopped.txt", f"{reason}\n".encode())
-
-    return train_to_its_end
 
 
 @contextmanager

@@ -35,15 +35,13 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
     if args.specialist_steps == 0:
         return
     texts = tasks.annotated_solutions(args)
-    # A specialist that was taught other texts, because a flag or this file changed, is made anew.
+    # A specialist is made anew if its texts or its flags have changed.
     checksum = hashlib.sha256(repr(texts).encode()).hexdigest()
     made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum}
     # With `validation`, a tenth of GSM8K is kept out of the specialist's training too.
     of_gsm8k = "en-validation" if args.validation else "en"
     name = args.senior_language if args.problems == tasks.GENERATED else of_gsm8k
     path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
-    with runs.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side may need the same one: the first makes it, and the others wait.
     with FileLock(path.with_name(".lock")):
         kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
@@ -68,9 +66,9 @@ def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, 
     examples = encode_examples(tokenizer, texts[: steps * batch])
     parameters = models.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    optimizer.zero_grad()
     batches = endless_batches(examples, batch, random.Random(seed))
-    for step, of_step in zip(terminal.progress(range(steps), label, unit="step"), batches):
+    for step, of_step in zip(terminal.progress(range(steps), label), batches):
+        optimizer.zero_grad()
         worked = as_rollouts(of_step, model.device)
         weights, num_tokens = worked.completion_mask.float(), worked.completion_mask.sum()
         for few, few_weights in engine.micro_batches(worked, weights, micro_tokens):
@@ -80,7 +78,6 @@ def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, 
         scale = min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
         optimizer.param_groups[0]["lr"] = lr * scale
         optimizer.step()
-        optimizer.zero_grad()
 
 
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

@@ -3,7 +3,7 @@
 A table of runs has one row per evaluation: arm, seed, update, who (senior, tandem or junior), n,
 and a column per metric, such as accuracy, tokens or languages.de; outcomes.accuracy has the list of
 the single problems. A metric is a share if all its outcomes are 0 or 1, and else a mean. Rows of
-"training" have only the seconds that an update took.
+"training" have only the seconds that an update took, with its evaluation.
 
 Shares are pooled over the seeds of an arm. If seed k evaluated n_k solutions, the share s_k of
 which is right,
@@ -49,7 +49,7 @@ def arms_in(folder: Path) -> list[str]:
 
 
 def read_flags(folder: str | Path, arm: str) -> dict:
-    """The flags of an arm, from its first seed: seeds differ in their seed only."""
+    """The flags of an arm, from its first seed."""
     return read_back(seed_folders(folder, arm)[0] / "config.json", flags=dict)["flags"]
 
 
@@ -140,8 +140,9 @@ def span(values: Iterable[float], form: str = ".1f") -> str:
 
 def last_cell(runs: pd.DataFrame, who: str, metric: str) -> str:
     """The last value of a share, with its interval and the range of the seeds."""
-    last_of_seeds = 100 * by_seed(runs, who, metric).ffill().iloc[-1]
-    return with_interval(pooled(runs, who, metric).iloc[-1]) + span(last_of_seeds.round(9))
+    points = pooled(runs, who, metric)
+    seeds = 100 * by_seed(runs, who, metric).loc[points.index[-1]]
+    return with_interval(points.iloc[-1]) + span(seeds.round(9))
 
 
 def change(runs: pd.DataFrame, who: str, metric: str) -> str:
@@ -154,15 +155,10 @@ def change(runs: pd.DataFrame, who: str, metric: str) -> str:
     return f"{values.iloc[0]:.1f} → {last_cell(runs, who, metric)}"
 
 
-def languages_in(runs: pd.DataFrame) -> list[str]:
-    """The codes of the languages in which the senior has written, in alphabetical order."""
-    shares = runs[runs.who == "senior"].filter(regex="^languages").dropna(axis=1, how="all")
-    return sorted(name.removeprefix("languages.") for name in shares)
-
-
 def language_change(runs: pd.DataFrame) -> str:
     """The language of most of the senior's solutions before → after, and the latter's share."""
-    curves = {code: pooled(runs, "senior", f"languages.{code}") for code in languages_in(runs)}
+    spoken = runs[runs.who == "senior"].filter(regex="^languages").dropna(axis=1, how="all")
+    curves = {name[10:]: pooled(runs, "senior", name) for name in sorted(spoken)}
     before, after = (max(curves, key=lambda code: curves[code].value.iloc[i]) for i in (0, -1))
     return f"{before} → {after}, {with_interval(curves[after].iloc[-1])}"
 
@@ -170,7 +166,7 @@ def language_change(runs: pd.DataFrame) -> str:
 def table(runs: pd.DataFrame) -> str:
     """A Markdown table with a row per arm: percent before → after training.
 
-    Any other metric of the pair has a column of its own, and any that the senior alone has.
+    Other metrics have columns too: the senior's value or, where only the pair has one, the pair's.
     """
     rows, added = [], {}  # {metric: who}
     for who in ("tandem", "senior"):
@@ -191,6 +187,7 @@ def table(runs: pd.DataFrame) -> str:
 
 ENDS = {"right alone": ("senior", "accuracy"), "jargon alone": ("senior", "jargon")}
 ENDS |= {"right together": ("tandem", "accuracy")}
+ALIKE = ["senior_language", "junior_language", "updates", "problems", "eval_problems"]
 
 
 def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
@@ -207,7 +204,7 @@ def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
 
 
 def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
-    """Every arm minus the first one with its languages and number of updates.
+    """Every arm minus the first one with its languages, problems and number of updates.
 
     On the seeds that both have finished; "" if there are none.
     """
@@ -216,7 +213,7 @@ def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
     rows = []
     for arm in outcomes:
         flags = read_flags(folder, arm)
-        alike = tuple(flags[name] for name in ("senior_language", "junior_language", "updates"))
+        alike = tuple(flags[name] for name in ALIKE)
         other = first.setdefault(alike, arm)
         both = outcomes[arm].index.intersection(outcomes[other].index)
         if other != arm and len(both):

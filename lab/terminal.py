@@ -25,7 +25,7 @@ from textwrap import fill
 from lab import figures, tables
 from lab.runs import last_update, why_it_diverged
 
-WIDTH = min(79, shutil.get_terminal_size().columns - 1)  # of the line of progress
+WIDTH = min(79, shutil.get_terminal_size().columns - 1)  # of every line but the rows
 
 parent = None  # in a worker: the queue to its parent process
 updates_left: dict[str, int] = {}  # of every run
@@ -65,17 +65,12 @@ def draw(text: str) -> None:
         print(f"{text:{WIDTH}}", end="\r", file=sys.stderr, flush=True)
 
 
-def progress(steps: range, label: str, unit: str) -> Iterator[int]:
+def progress(steps: range, label: str) -> Iterator[int]:
     """The steps of fine-tuning, which are shown as they are made."""
     for step in steps:
-        show(f"{label} {unit}", step, len(steps))
+        show(f"{label} step", step, len(steps))
         yield step
-    show(f"{label} {unit}", len(steps), len(steps))
-
-
-def log_end(args: Namespace) -> None:
-    """Show that a run has ended, and why if its training diverged."""
-    show(name_of(args), args.updates, args.updates, line=why_it_diverged(args))
+    show(f"{label} step", len(steps), len(steps))
 
 
 def log_row(row: dict, args: Namespace) -> None:
@@ -101,8 +96,8 @@ def announce(left: list[Namespace], jobs: int) -> None:
     text = f"Runs ({len(left)}, {jobs} at a time): {', '.join(spans)}"
     print(fill(text, WIDTH, max_lines=5, placeholder=" ...", break_on_hyphens=False))
     print(f"Results go to <arm>/seed-<k>/ and figures/ in {args.out}")
-    if args.specialist_steps:
-        print(f"A new senior is first fine-tuned for {args.specialist_steps} steps.")
+    if steps := max(args.specialist_steps for args in left):
+        print(f"A new senior is first fine-tuned for {steps} steps.")
     print("\n                                    senior alone     together")
     print("arm                       update   right  jargon        right   min left", flush=True)
 
@@ -128,12 +123,13 @@ def finish(todo: list[Namespace], settings: Iterable[str]) -> None:
     print()
     print_outcomes(todo)
     out = Path(todo[0].out)
+    reasons = [reason for args in todo if (reason := why_it_diverged(args))]
     try:
         figures.draw_all(out, settings)
+        print(f"Open {out}/figures/rollouts.html (who wrote what) and the figures beside it.")
     except Exception as error:
         # The runs are safe, whatever matplotlib cannot do here, such as start LaTeX.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        sys.exit(f"error: all runs are finished, but {out}/figures cannot be drawn ({reason})")
-    print(f"Open {out}/figures/rollouts.html (who wrote what) and the figures beside it.")
-    if reasons := [reason for args in todo if (reason := why_it_diverged(args))]:
+        reasons += [f"error: all runs are finished, but {out}/figures cannot be drawn ({reason})"]
+    if reasons:
         sys.exit("\n".join(reasons))

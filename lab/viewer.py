@@ -78,7 +78,7 @@ def samples(
 
 @torch.no_grad()
 def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) -> list[list]:
-    """One rollout token by token. `one`: it alone; `row`: its row in the batch of the trace."""
+    """One rollout token by token: `one` has it only; `row`: its row in the batch of the trace."""
     logprobs = engine.completion_logprobs(pair.senior, one, temperature)[0]
     # A character may span several tokens. The decoder holds its bytes back until the last one.
     decoder, found = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
@@ -170,11 +170,12 @@ def draw_page(folder: str | Path, arms: Iterable[str] = ()) -> Path:
     command = " ".join(["python -m lab.viewer", str(folder), *arms])
     found = sorted({path.parts[-3] for path in Path(folder).glob("*/seed-*/samples.jsonl")})
     # In the order of the settings; what is in no setting comes last.
-    ordered = [arm for arm in dict.fromkeys(arms_of("all") + found) if arm in (arms or found)]
+    shown, absent = set(arms or found) & set(found), sorted(set(arms) - set(found))
+    ordered = [arm for arm in dict.fromkeys(arms_of("all") + found) if arm in shown]
     seeds = [read_arm(folder, arm) for arm in ordered]
     runs = [run for of_arm in seeds for run in (of_arm if arms else of_arm[:1])]
-    if not runs:
-        raise Refused(f"{folder}: no run of {', '.join(arms) or 'any arm'} has kept rollouts")
+    if absent or not runs:
+        raise Refused(f"{folder}: no run of {', '.join(absent) or 'any arm'} has kept rollouts")
     runs.sort(key=lambda run: run["seed"])
     content = as_json({"runs": runs, "missing": sum(map(len, seeds)) - len(runs)})
     page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
@@ -205,7 +206,7 @@ def read_arm(folder: str | Path, arm: str) -> list[dict]:
     settings = [ABOUT[setting] for setting, arms in SETTINGS.items() if arm in arms]
     about["setting"] = next(iter(settings), "other arms")
     runs = []
-    # Before its first row a run may not have the rollouts of every writer yet.
+    # A run without a row may still lack the rollouts of a writer, and is left out.
     for seed in sorted(rows.keys() & problems.keys()):
         ranked = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
         evaluations = {
@@ -220,11 +221,12 @@ def numbers_in(evaluation: dict) -> dict[str, tuple]:
 
 
 TRAINING = (
-    "Training solutions are written by {writers}. The update is {algorithm} with {rewards} rewards;"
-    " in the loss, the senior's words weigh {senior_weight:g}, the junior's j = {junior_weight:g}, "
-    "and wrong solutions c = {wrong_weight:g} (reinforce only). Where both write: schedule "
-    "“{handoff}”, p = {p:g} for the senior. The senior is asked to answer in “{senior_language}”, "
-    "the junior in “{junior_language}”."
+    "Training solutions are written by {writers}, {rollouts_per_prompt} per problem. The update "
+    "is {algorithm} with {rewards} rewards and a KL penalty of {kl:g}. In the loss, the senior's "
+    "words weigh {senior_weight:g}, the junior's j = {junior_weight:g}, and wrong solutions c = "
+    "{wrong_weight:g} (reinforce only). Where both write: schedule “{handoff}”, p = {p:g} for the "
+    "senior. The senior is asked to answer in “{senior_language}”, the junior in "
+    "“{junior_language}”."
 )
 
 

@@ -22,6 +22,7 @@ from lab.experiments import DEFAULTS
 from lab.models import encode, lora_layers, load_pair, trainable_parameters
 from reinforce import loss, plain_logprobs, token_weights
 from rollout import reference_rollout, random_numbers, rollout
+from tests.conftest import byte_level_tokenizer
 
 TYPES = """llama gpt2 mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox gptj opt bloom
 falcon mpt codegen stablelm starcoder2 olmo olmo2 olmo3 cohere cohere2 granite mixtral qwen2_moe
@@ -86,17 +87,15 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     return "right" if difference < 1e-3 else f"WRONG: gradients differ by {difference:.1e}"
 
 
-def main(kinds: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+def main(kinds: list[str]) -> None:
     warnings.simplefilter("ignore")
     for kind in kinds:
         try:
-            verdict = judge(kind, tokenizer)
+            verdict = judge(kind, byte_level_tokenizer())
         except Exception as error:
             verdict = f"ERROR: {type(error).__name__}: {error}"
         print(f"{kind:18s} {' '.join(verdict.split())[:200]}", flush=True)
 
 
 if __name__ == "__main__":
-    from tests.conftest import byte_level_tokenizer
-
-    main(sys.argv[1:] or TYPES, byte_level_tokenizer())
+    main(sys.argv[1:] or TYPES)

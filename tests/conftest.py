@@ -74,13 +74,16 @@ def make_model(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def base_folder(tokenizer, tmp_path_factory):
+def save_base(folder, tokenizer) -> str:
     """A random Llama with its tokenizer, saved as a checkpoint."""
-    folder = tmp_path_factory.mktemp("base")
     llama(len(tokenizer), seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tokenizer, tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 def make_pair(senior, junior, tokenizer, end_ids=(1,), both=None) -> Pair:

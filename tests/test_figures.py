@@ -59,9 +59,11 @@ def test_differences_by_hand(tmp_path):
     """Two seeds of two problems. Alone j1 is right on 2 of 4 and the other arm on 3, the pair on 2
     and none; per seed +50 and 0, so Student's interval is 25 +- 12.706 * 25 (317.6)."""
     right = {"reinforce-j1": ([0, 1], [1, 0]), "reinforce-junior": ([1, 1], [1, 0])}
+    right["reinforce-imitation"] = right["reinforce-j1"]  # on other problems: not compared
     for arm, seeds in right.items():
         for seed, values in enumerate(seeds):
-            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), flags={"updates": 0})
+            flags = {"updates": 0, "problems": "others" if "imitation" in arm else "generated"}
+            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), flags=flags)
             path = tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"
             row = json.loads(path.read_text())
             row["eval"]["senior"]["outcomes"] = {"accuracy": values, "jargon": [0, 0]}
@@ -69,6 +71,7 @@ def test_differences_by_hand(tmp_path):
             write_rows(path, row)
     runs = tables.read_runs(tmp_path, right)
     write_seed(tmp_path / "reinforce-j1" / "seed-2", (1, 1, 1), (1, 1, 1))  # is not as long
+    assert draw(tmp_path, "credit", "credit-shuffled") is None
     found = tables.table_of_differences(tmp_path, runs)
     assert "| reinforce-junior − reinforce-j1 | 2 | +25.0 [" in found
     assert "] [-292.6, +342.6] | +0.0 [+0.0, +0.0] [+0.0, +0.0] | -50.0 [" in found
@@ -102,6 +105,8 @@ def test_pooling(tmp_path):
     (point,) = tables.pooled(runs, "senior", "accuracy").itertuples()
     assert point == pytest.approx((0, 50, 21.52, 78.48), abs=1e-2)
     assert list(tables.pooled(runs, "senior", "languages.fr").loc[0])[:2] == [0, 0]
+    last = tables.last_cell(runs, "senior", "accuracy")
+    assert last == "50.0 [21.5, 78.5] (25.0–75.0)"
 
 
 def test_table(tmp_path):

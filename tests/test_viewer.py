@@ -10,7 +10,6 @@ import torch
 
 from conftest import rollouts_of
 from lab import viewer
-from lab.experiments import DEFAULTS
 from lab.runs import Refused
 from rollout import Pair
 
@@ -78,7 +77,7 @@ def test_no_text_becomes_markup(folder):
 
 
 def test_which_runs_are_on_the_page(folder, capsys):
-    """The first seed, or all seeds of named arms; none before its first row."""
+    """The first seed, or all of named arms, which must be there; none before its first row."""
 
     def shown(*arms):
         data = data_of(viewer.draw_page(folder, arms))
@@ -90,12 +89,9 @@ def test_which_runs_are_on_the_page(folder, capsys):
     assert shown("tandem") == ([("tandem", 0), ("tandem", 1)], 0)
     (folder / "tandem" / "seed-0" / "metrics.jsonl").unlink()
     assert shown("tandem") == ([("tandem", 1)], 0)
-    with pytest.raises(Refused, match="no run of any arm has kept rollouts"):
-        viewer.draw_page(folder / "solo")
-
-
-def test_how_a_run_was_trained():
-    assert "by the junior alone." in viewer.describe_training(DEFAULTS | {"imitation": True})
+    for place, arms, absent in ((folder / "solo", [], "any arm"), (folder, ["solo", "x"], "x")):
+        with pytest.raises(Refused, match=f"no run of {absent} has kept rollouts"):
+            viewer.draw_page(place, arms)
 
 
 # Whether the senior alone is right, and then the pair before, during and after training; j: with
