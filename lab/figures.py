@@ -355,7 +355,10 @@ def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure | None:
 # {setting: {name of the file: function}}
 FIGURES: dict[str, dict] = {
     "skill": {"skill-figure1": figure_1, "skill-figure2": partial(skill, also=("imitation",))},
-    "language": {"language-figure2": pair, "language-figure3": partial(curves, metrics=SPOKEN)},
+    "language": {
+        "language-figure2": pair,
+        "language-figure3": partial(curves, metrics=SPOKEN, also=("de-fr-imitation",)),
+    },
     "granularity": {"granularity": granularity},
     "control": {"control": pair},
     "sweep": {"sweep": sweep},
