@@ -22,16 +22,15 @@ RESULTS_TEXT = " ".join(RESULTS.split())
 STATED = {
     "README.md": """
 qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
-qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 10
-qwen imitation senior accuracy 10 | qwen solo senior accuracy 10 | qwen tandem senior accuracy 20
-qwen tandem junior accuracy 0 | qwen/self tandem senior jargon 0
-qwen/self tandem senior jargon 5 | qwen/self tandem senior accuracy 5
-qwen/self tandem senior accuracy 0
+qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
+qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.en 0
+qwen/languages de-fr-tandem senior languages.en 4
+qwen/languages de-fr-tandem senior languages.fr 6
 tiny tandem senior jargon 0 | tiny tandem senior jargon 20 | tiny solo senior jargon 28
 tiny imitation senior jargon 8 | tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
-qwen tandem junior accuracy 0
+qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.fr 6
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
 controls reinforce-j1 senior accuracy 0
@@ -46,7 +45,9 @@ smol/eval-500 tandem junior accuracy 0 | smol en-de-tandem junior accuracy 0
 tiny tandem senior jargon 20 | qwen tandem senior jargon 5 | tiny solo senior jargon 28
 qwen solo senior jargon 10 | tiny tandem senior accuracy 8 | tiny tandem junior accuracy 0
 qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
-tiny de-en-tandem senior languages.en 40 | tiny fr-de-tandem senior languages.en at its highest
+tiny de-en-tandem senior languages.en 40 | qwen/languages de-fr-tandem senior languages.fr 6
+tiny fr-de-tandem senior languages.en at its highest
+qwen/languages de-fr-tandem senior languages.en 4
 tiny c-0.3-j0.2 senior accuracy 28 | tiny c0-j1 senior accuracy 28""",
 }
 LONGEST = {"README.md": 1000, "results/README.md": 4100}  # words
@@ -84,7 +85,7 @@ WHAT = {"jargon": ("senior", "jargon"), "right alone": ("senior", "accuracy")}
 WHAT |= {"right together": ("tandem", "accuracy"), "junior right": ("junior", "accuracy")}
 WHAT |= {"in the junior's language": ("senior", "languages.{junior}")}
 WHAT |= {"handoffs": ("tandem", "handoffs"), "inside expressions": ("tandem", "handoffs_inside")}
-WHAT["reversed"] = ("senior", "reversed")  # only in questions/reversed-digits
+WHAT |= {"in English": ("senior", "languages.en"), "reversed": ("senior", "reversed")}
 
 
 @cache
