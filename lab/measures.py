@@ -17,7 +17,7 @@ problems and seeds. One row per evaluation is written to measures.jsonl:
 
 Handoff robustness is the mean of `handoff`, and retention is that mean divided by the mean of
 `solo`. legibility and drift are taken on the same solutions as `solo`, senior and junior each under
-its own prompt. Older files also have drift_k3, an estimate of drift from the written tokens.
+its own prompt.
 The statistics that tables and figures need stand at the end of the file.
 """
 

@@ -229,7 +229,7 @@ def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
 COMPARED = "rlvr-tandem"  # with each of the others
 PASS, RIGHT = "pass@4", f"right_of_{SAMPLES}"
 CONTINUED = ["continued_25", "continued_50", "continued_75"]
-IN_NATS = ("legibility", "drift", "drift_k3")  # per token; every other measure is a share
+IN_NATS = ("legibility", "drift")  # per token; every other measure is a share
 MEASURES = ["solo", PASS, "handoff", "word", "retention", *CONTINUED, *IN_NATS]
 
 
@@ -310,8 +310,6 @@ def measure_cell(name: str, *arms: pd.DataFrame) -> str:
 def table_of_measures(folder: Path, runs: pd.DataFrame) -> str:
     """A row per arm at the last update, then a row per comparison; "" if nothing was measured."""
     ends = read_ends(folder, runs.arm.unique())
-    # Only old runs have all of MEASURES.
-    names = [n for n in MEASURES if n == "retention" or all(n in arm for arm in ends.values())]
     arms = {arm: (end,) for arm, end in ends.items()}
     pairs = {f"{COMPARED} − {arm}": pair for arm, pair in pairs_of(ends).items()}
     parts = []
@@ -319,8 +317,8 @@ def table_of_measures(folder: Path, runs: pd.DataFrame) -> str:
         rows = []
         for row, of_row in compared.items():
             seeds = of_row[0].index.unique("seed")
-            rows.append([row, f"{len(seeds)}", *(measure_cell(name, *of_row) for name in names)])
-        parts += [markdown_table([heading, "seeds", *names], rows)] if rows else []
+            rows.append([row, f"{len(seeds)}", *(measure_cell(name, *of_row) for name in MEASURES)])
+        parts += [markdown_table([heading, "seeds", *MEASURES], rows)] if rows else []
     return "\n\n".join(parts)
 
 
