@@ -105,8 +105,7 @@ def test_pooling(tmp_path):
     (point,) = tables.pooled(runs, "senior", "accuracy").itertuples()
     assert point == pytest.approx((0, 50, 21.52, 78.48), abs=1e-2)
     assert list(tables.pooled(runs, "senior", "languages.fr").loc[0])[:2] == [0, 0]
-    last = tables.last_cell(runs, "senior", "accuracy")
-    assert last == "50.0 [21.5, 78.5] (25.0–75.0)"
+    assert tables.last_cell(runs, "senior", "accuracy") == "50.0 [21.5, 78.5] (25.0–75.0)"
 
 
 def test_table(tmp_path):

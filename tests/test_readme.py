@@ -25,17 +25,16 @@ qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jar
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
 qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.en 0
 qwen/languages de-fr-tandem senior languages.en 4
-qwen/languages de-fr-tandem senior languages.fr 6
-tiny tandem senior jargon 0 | tiny tandem senior jargon 20 | tiny solo senior jargon 20
-tiny imitation senior jargon 8 | tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
+qwen/languages de-fr-tandem senior languages.fr 6 | tiny tandem senior jargon 0
+tiny tandem senior jargon 20 | tiny solo senior jargon 20 | tiny imitation senior jargon 8
+tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
 qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.fr 6
 tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
 tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
-controls reinforce-j1 senior accuracy 0
-controls de-fr-reinforce-j1 senior accuracy 0 | controls reinforce-j1 junior accuracy 0
-controls de-fr-reinforce-j1 junior accuracy 0
+controls reinforce-j1 senior accuracy 0 | controls de-fr-reinforce-j1 senior accuracy 0
+controls reinforce-j1 junior accuracy 0 | controls de-fr-reinforce-j1 junior accuracy 0
 controls reinforce-junior-shuffled senior accuracy 80
 controls reinforce-imitation-shuffled senior accuracy 80 | tiny de-en-tandem senior languages.en 40
 tiny fr-de-tandem senior languages.en at its highest
@@ -47,8 +46,8 @@ qwen solo senior jargon 10 | tiny tandem senior accuracy 8 | tiny tandem junior 
 qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
 tiny de-en-tandem senior languages.en 40 | qwen/languages de-fr-tandem senior languages.fr 6
 tiny fr-de-tandem senior languages.en at its highest
-qwen/languages de-fr-tandem senior languages.en 4
-tiny c-0.3-j0.2 senior accuracy 28 | tiny c0-j1 senior accuracy 28""",
+qwen/languages de-fr-tandem senior languages.en 4 | tiny c-0.3-j0.2 senior accuracy 28
+tiny c0-j1 senior accuracy 28""",
 }
 LONGEST = {"README.md": 1000, "results/README.md": 4100}  # words
 

@@ -14,7 +14,6 @@ from lab.runs import Refused
 from rollout import Pair
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "results" / "tiny"
 NASTY = "</script><img src=x onerror=alert(1)> <!-- & \u2028 \U0001f600"
 
 
@@ -48,7 +47,7 @@ def test_spans_and_steps_by_hand(monkeypatch):
 def folder(tmp_path):
     """Two committed runs, whose files are of an older format."""
     for arm in ("tandem", "solo"):
-        shutil.copytree(TINY / arm / "seed-0", tmp_path / arm / "seed-0")
+        shutil.copytree(ROOT / "results" / "tiny" / arm / "seed-0", tmp_path / arm / "seed-0")
     return tmp_path
 
 
