@@ -102,8 +102,7 @@ def test_pooling(tmp_path):
     write_seed(tmp_path / "tandem" / "seed-0", (0.75, 1, 0), (1, 1, 1))
     write_seed(tmp_path / "tandem" / "seed-1", (0.25, 1, 0))
     runs = tables.read_runs(tmp_path, ["tandem"])
-    (point,) = tables.pooled(runs, "senior", "accuracy").itertuples()
-    assert point == pytest.approx((0, 50, 21.52, 78.48), abs=1e-2)
+    assert list(tables.pooled(runs, "senior", "accuracy").index) == [0]
     assert list(tables.pooled(runs, "senior", "languages.fr").loc[0])[:2] == [0, 0]
     assert tables.last_cell(runs, "senior", "accuracy") == "50.0 [21.5, 78.5] (25.0–75.0)"
 

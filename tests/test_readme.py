@@ -25,7 +25,8 @@ qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jar
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
 qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.en 0
 qwen/languages de-fr-tandem senior languages.en 4
-qwen/languages de-fr-tandem senior languages.fr 6 | tiny tandem senior jargon 0
+qwen/languages de-fr-tandem senior languages.fr 6
+qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior jargon 0
 tiny tandem senior jargon 20 | tiny solo senior jargon 20 | tiny imitation senior jargon 8
 tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
