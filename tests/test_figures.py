@@ -185,9 +185,10 @@ def draw_again(committed, path):
     elif out.name == "belief_states":
         belief_states.draw(belief_states.read_results(out), path)
     elif out.parents[1].name == "questions":
-        metrics = figures.PAIR if "language" in committed.stem else figures.SKILL
+        kinds = {"lingua-franca": figures.SPOKEN, "languages-by-reward": figures.PAIR}
         runs = tables.read_runs(out.parent, tables.arms_in(out.parent))
-        figures.save(figures.curves(out.parent, runs, metrics), path)
+        drawn = figures.curves(out.parent, runs, kinds.get(committed.stem, figures.SKILL))
+        figures.save(drawn, path)
     else:
         (setting,) = [name for name, named in figures.FIGURES.items() if committed.stem in named]
         figures.save(draw(out.parent, setting, committed.stem), path)
