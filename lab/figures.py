@@ -80,7 +80,8 @@ LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
 def look_of(arm: str) -> Look:
     """An arm that is not in ARMS has its name, and colour and marker by a checksum of it."""
     chosen = zlib.crc32(arm.encode())
-    own = arm, COLOURS[chosen % 7], "os^Dv"[chosen % 5]
+    colour = ORANGE if arm.endswith("-shuffled") else COLOURS[chosen % 7]
+    own = arm, colour, "os^Dv"[chosen % 5]
     return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), own)
 
 
