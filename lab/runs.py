@@ -73,10 +73,10 @@ def read_rows(path: Path) -> list[dict]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # a torn line, or the empty one after the last
-        # Rows of metrics.jsonl have only the first of these keys.
-        rows[row["update"], row.get("who"), row.get("question")] = row
+            # Rows of metrics.jsonl have only the first of these keys.
+            rows[row["update"], row.get("who"), row.get("question")] = row
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # a torn line, the empty one after the last, or no row at all
     return sorted(rows.values(), key=lambda row: row["update"])
 
 

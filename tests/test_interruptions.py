@@ -74,7 +74,7 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
         real(args, update, *rest)
         if calls == [-1, 0, 1, 1]:
             with open(folder / "metrics.jsonl", "ab") as file:
-                file.write(torn)
+                file.write(b"[1]\n" + torn)
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -85,9 +85,9 @@ def test_resume_gives_the_same_run(command, arm, tmp_path, monkeypatch, capsys):
             assert line == "interrupted: the same command with --resume goes on"
     main([*other, "--resume"])
     assert f"{arm} from update 1 to 2\n" in capsys.readouterr().out
-    # Any reader of JSON lines can read the file, but for the line that was torn.
+    # Any reader of JSON lines can read the file, but for what is no row and the line that was torn.
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    assert [line for line in lines if line[-1:] != b"}"] == [torn]
+    assert [line for line in lines if line[-1:] != b"}"] == [b"[1]", torn]
     assert sum(line.startswith(b'{"update": 1,') for line in lines) == 2
     assert everything(tmp_path / "other", arm) == everything(tmp_path / "runs", arm)
     assert metrics(tmp_path / "runs", arm)[1]["loss"] is not None
