@@ -104,7 +104,8 @@ def read_problems(folder: str | Path, arm: str) -> dict[int, dict[tuple, list[di
     for seed, samples in tables.read_seeds(folder, arm, "samples.jsonl").items():
         seeds[seed] = defaultdict(list)
         for sample in samples:
-            seeds[seed][sample["question"], sample["gold"]].append(describe_rollout(sample))
+            if "spans" in sample:  # else it is no rollout
+                seeds[seed][sample["question"], sample["gold"]].append(describe_rollout(sample))
     return seeds
 
 
