@@ -133,7 +133,7 @@ def generate(problems: list, args: Namespace, pair: Pair, p: float, seed: int, *
 
     def write(rows: slice) -> Rollouts:
         if rows.start == 0 and options.get("trace"):
-            options["trace"].clear()  # what an attempt left for which memory did not suffice
+            options["trace"].clear()  # what an attempt that ran out of memory has left
         asked = [of_model[rows] for of_model in prompts]
         return rollout(pair, *asked, noise[:, :, rows], coins[:, rows], p=p, **options)
 

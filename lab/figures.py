@@ -192,8 +192,7 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     """One problem and three joint rollouts by author: before, during and after training.
 
     The second is the first whose verdict or jargon differs from those before training, or else the
-    middle one. None if
-    no problem of the arm "tandem" was kept at three evaluations.
+    middle one. None if no problem of the arm "tandem" was kept at three evaluations.
     """
     chosen = viewer.choose_example(folder)
     if chosen is None:

@@ -45,9 +45,8 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
 # What a run asks its models depends on these flags alone.
-ASKED = "senior_language junior_language seed validation updates batch eval_problems".split()
-ASKED += "rollouts_per_prompt specialist_steps specialist_batch shots max_new_tokens".split()
-ASKED += ["measures"]
+ASKED = "senior_language junior_language seed shots validation updates batch eval_problems".split()
+ASKED += "rollouts_per_prompt specialist_steps specialist_batch max_new_tokens measures".split()
 
 
 def check_before_loading(todo: list[Namespace]) -> None:

@@ -412,7 +412,8 @@ BAD = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/nul
 --specialist-steps 1000000 | --temperature 0 | --p 1 | --wrong-weight 1 | --junior-weight 2
 --arms tandem tandem | --arms word | --arms | --setting nothing | --max-new-tokens 1000000 | stray
 --setting granularity --arms p-0.25 --p 0.3 | --setting pressure --arms grpo-tandem --batch 100
---handoff syllable | --eval-problems 1000000 | --eval-every 0 | --preset huge | --resume=yes"""
+--handoff syllable | --eval-problems 1000000 | --eval-every 0 | --preset huge | --resume=yes | --lr=
+--p 1.5 | --setting= | --jobs 0"""
 
 
 @pytest.mark.parametrize("given", BAD.replace("\n", " | ").split(" | "))
