@@ -158,7 +158,7 @@ def change(runs: pd.DataFrame, who: str, metric: str) -> str:
 def language_change(runs: pd.DataFrame) -> str:
     """The language of most of the senior's solutions before → after, and the latter's share."""
     spoken = runs[runs.who == "senior"].filter(regex="^languages").dropna(axis=1, how="all")
-    curves = {name[10:]: pooled(runs, "senior", name) for name in sorted(spoken)}
+    curves = {n.removeprefix("languages."): pooled(runs, "senior", n) for n in sorted(spoken)}
     before, after = (max(curves, key=lambda code: curves[code].value.iloc[i]) for i in (0, -1))
     return f"{before} → {after}, {with_interval(curves[after].iloc[-1])}"
 
