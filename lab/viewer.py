@@ -151,15 +151,15 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
     None if no problem was kept at three evaluations.
     """
     found = [p for of_seed in read_problems(folder, "tandem").values() for p in of_seed.items()]
-    kept = [p for p in found if sum(rollout["who"] == "tandem" for rollout in p[1]) >= 3]
-    ranks = [rank_example(rollouts) for _, rollouts in kept]
-    if not kept:
+    ranks = [rank_example(rollouts) for _, rollouts in found]
+    joint = [[one for one in of_problem if one["who"] == "tandem"] for _, of_problem in found]
+    candidates = [i for i, rollouts in enumerate(joint) if len(rollouts) >= 3]
+    if not candidates:
         return None
-    best = max(ranks)
-    problem, rollouts = kept[ranks.index(best)]
-    why = f"Example: the first of {len(ranks)} kept problems such that {EXAMPLES[best]} "
-    why += f"({ranks.count(best)} of them)."
-    return problem, [rollout for rollout in rollouts if rollout["who"] == "tandem"], why
+    i = max(candidates, key=ranks.__getitem__)
+    why = f"Example: the first problem kept throughout training for which {EXAMPLES[ranks[i]]}; "
+    why += f"so for {ranks.count(ranks[i])} of the {len(ranks)} kept before and after it."
+    return found[i][0], joint[i], why
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,11 +209,14 @@ def read_arm(folder: str | Path, arm: str) -> list[dict]:
     runs = []
     # A run without a row may still lack the rollouts of a writer, and is left out.
     for seed in sorted(rows.keys() & problems.keys()):
-        ranked = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
-        evaluations = {
-            row["update"]: numbers_in(row["eval"]) for row in rows[seed] if "eval" in row
-        }
-        runs.append(about | {"seed": seed, "problems": ranked, "evaluations": evaluations})
+        found = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
+        run = about | {"seed": seed, "ranks": [rank for _, _, rank, _ in found]}
+        # More problems are kept before and after training than in between.
+        most = max(len(of) for *_, of in found)
+        run["problems"] = [problem for problem in found if len(problem[3]) == most]
+        evaluated = (row for row in rows[seed] if "eval" in row)
+        run["evaluations"] = {row["update"]: numbers_in(row["eval"]) for row in evaluated}
+        runs.append(run)
     return runs
 
 

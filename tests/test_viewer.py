@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def test_the_page_holds_every_kept_rollout(folder):
     for run in data["runs"]:
         path = folder / run["arm"] / "seed-0" / "samples.jsonl"
         kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Some problems were kept before and after training only, and are not shown.
+        times = Counter(sample["question"] for sample in kept)
+        assert len(run["ranks"]) == len(times)
+        kept = [one for one in kept if times[one["question"]] == max(times.values())]
         shown = [rollout for *_, rollouts in run["problems"] for rollout in rollouts]
         assert len(shown) == len(kept)
         texts = {"".join(token[1] for token in rollout["tokens"]) for rollout in shown}
@@ -105,6 +110,23 @@ def test_the_rank_of_an_example(verdicts):
     for who, verdict in zip(["senior", *["tandem"] * 3], verdicts.split()):
         rollouts.append({"who": who, "right": "right" in verdict, "jargon": "-j" in verdict})
     assert viewer.rank_example(rollouts) == RANKS[verdicts]
+
+
+def test_the_example_was_kept_during_training(folder):
+    """A better one that was kept before and after training only is counted, and not chosen."""
+    path = folder / "tandem" / "seed-0" / "samples.jsonl"
+    sample = dict(update=0, who="senior", question="once", gold="7", reward=1, spans=[])
+    joint = sample | {"who": "tandem", "reward": 0, "spans": [["senior", "<<7=7>>"]]}
+    # Without the senior alone, all the others have rank 0.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [row for row in map(json.loads, lines) if row["who"] == "tandem"]
+    rows = [*kept, sample, joint, joint | {"update": 28, "reward": 1, "spans": []}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (question, _), rollouts, why = viewer.choose_example(folder)
+    assert question == kept[0]["question"]
+    assert len(rollouts) >= 3
+    num = len({row["question"] for row in kept}) + 1
+    assert why.endswith(f"so for {num - 1} of the {num} kept before and after it.")
 
 
 @pytest.mark.parametrize("copy", sorted((ROOT / "docs").glob("*.html")), ids=lambda path: path.stem)
