@@ -219,6 +219,26 @@ def test_twins_are_those_of_the_file():
     assert "test problems of seeds 0 to 2, {}, {} and {} ".format(*found) in RESULTS_TEXT
 
 
+def test_gains_of_the_readers_are_those_of_the_file():
+    """On the problems that the senior alone solves both times; the last column is of all."""
+    folder = QUESTIONS / "readers"
+    rows = map(json.loads, (folder / "readers.jsonl").read_text().splitlines())
+    of_run = {(row["arm"], row["seed"]): {**row, "arm": 0} for row in rows}
+    (_, first, *stated), *_ = tables_in(PAGES[folder / "README.md"])
+    assert (first[0], len(stated)) == ("before training", 5)
+    for name, num_seeds, *cells in [first, *stated]:
+        arm, found, right = name.split()[0], [], []
+        for reader in ("base_50", "other_50"):
+            gains, of_arm = [], [of_run[arm, seed] for seed in range(int(num_seeds))]
+            for seed, end in enumerate(of_arm):
+                start = of_run["before", seed]
+                both = np.multiply(start["solo"], end["solo"]).astype(bool)
+                gains.append(np.subtract(end[reader], start[reader])[both].mean())
+            found.append("" if arm == "before" else ", ".join(f"{100 * x:+.1f}" for x in gains))
+            right.append(f"{100 * np.mean([end[reader] for end in of_arm]):.1f}")
+        assert cells == [*found, ", ".join(right)]
+
+
 def full_tables(root: Path) -> str:
     """Every arm in the folders below root, with all columns."""
     parts = []
