@@ -155,7 +155,8 @@ def finish_update(row, args: Namespace, pair: Pair, optimizer, held_out: list, k
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
-SAMPLES, AT_THE_ENDS = 12, 50  # rollouts per evaluation, the first and the last, kept as text
+# Rollouts whose text is kept: per evaluation, and before and after training.
+SAMPLES, AT_THE_ENDS = 12, 50
 
 
 def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
@@ -166,7 +167,7 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
     first rollouts go to samples.jsonl.
     """
     results, golds = {}, [problem.gold for problem in problems]
-    shown = problems[: AT_THE_ENDS if update in (0, args.updates) else SAMPLES]
+    kept = problems[: AT_THE_ENDS if update in (0, args.updates) else SAMPLES]
     # Who writes is a matter of p alone.
     for who, p in {"senior": 1.0, "tandem": args.p, "junior": 0.0}.items():
         if who == "junior" and update > 0:
@@ -180,7 +181,7 @@ def evaluate(update: int, args: Namespace, pair: Pair, problems: list) -> dict:
         results[who] = summarise(rollouts.texts, golds, lengths, tasks.LANGUAGES)
         # The first few are kept, with who wrote what, for the page and for Figure 1.
         spans = viewer.author_spans(rollouts, pair.pieces)
-        samples = viewer.samples(rollouts, spans, trace, shown, args, pair)
+        samples = viewer.samples(rollouts, spans, trace, kept, args, pair)
         samples = [{"update": update, "who": who} | sample for sample in samples]
         runs.append_rows(runs.run_folder(args) / "samples.jsonl", samples)
         if who == "tandem":

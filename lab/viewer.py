@@ -157,8 +157,8 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
     if not candidates:
         return None
     i = max(candidates, key=ranks.__getitem__)
-    why = f"Example: the first problem kept throughout training for which {EXAMPLES[ranks[i]]}; "
-    why += f"so for {ranks.count(ranks[i])} of the {len(ranks)} kept before and after it."
+    why = f"Example: the first problem kept throughout training for which {EXAMPLES[ranks[i]]}. "
+    why += f"This holds for {ranks.count(ranks[i])} of {len(ranks)} kept before and after training."
     return found[i][0], joint[i], why
 
 
