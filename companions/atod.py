@@ -696,7 +696,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     which, flag = parser.add_mutually_exclusive_group(), parser.add_argument
     about = "run the seeds 0 to SEEDS - 1 (default: %(default)s)"
     which.add_argument("--seeds", type=number(int, 1, 10), default=5, help=about)
-    which.add_argument("--seed", type=number(int, 0, 10**5), help="run this one seed only")
+    which.add_argument("--seed", type=number(int, 0, 9), help="run this seed only, 0 to 9")
     flag("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="run these arms only")
     about = "folder of the results (default: %(default)s)"
     flag("--out", type=Path, default=Path("runs/companions/atod"), help=about)

@@ -6,6 +6,7 @@ from argparse import Namespace
 import torch
 
 from lab.experiments import ARMS, LENGTHS, arms_of, flags_of_run
+from lab.problems import GENERATED
 
 
 def number(kind: type, low: float, high: float = 10**6):
@@ -52,7 +53,8 @@ def read_runs_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> lis
         listed = f"name arms of --setting {given['setting']}, each once: {', '.join(known)}"
         parser.error(f"--arms {' '.join(arms)}: {listed}")
     # The tiny models gain nothing from a second thread, so each run gets a process of its own.
-    cores = min(4, torch.get_num_threads()) if on_cpu and given["preset"] == "tiny" else 1
+    tiny = {given["preset"], given.get("senior", "tiny"), given.get("junior", "tiny")} == {"tiny"}
+    cores = min(4, torch.get_num_threads()) if on_cpu and tiny else 1
     if given.setdefault("jobs", cores) > 1 and not on_cpu:
         parser.error(f"--jobs {given['jobs']}: several runs at a time need --device cpu")
     runs = [flags_of_run(given, arm, seed) for seed in range(given["seeds"]) for arm in arms]
@@ -75,5 +77,8 @@ def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Name
         if max(run.updates * run.batch, solved, run.eval_problems) >= 10**6:
             remedy = "lower --updates, --batch, --specialist-steps or --eval-problems"
             parser.error(f"a million rollouts or problems per run are too many: {remedy}")
+        if run.problems != GENERATED and run.senior_language != "en" and run.specialist_steps:
+            reason = f"no {run.senior_language} specialist can be made of its English solutions"
+            parser.error(f"--problems {run.problems}: {reason}: add --specialist-steps 0")
         if run.arm.startswith("rlvr") and run.senior != run.junior:
             parser.error(f"arm {run.arm} starts from one model: --junior must equal --senior")

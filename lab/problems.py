@@ -317,9 +317,12 @@ EXAMPLES = [Problem(**json.loads(line)) for line in _EXAMPLES.splitlines()]
 
 @lru_cache
 def first_short_problems(source: str, n: int) -> list[Problem]:
-    """The first n training problems of GSM8K with two or three steps, each of them annotated."""
-    short = re.compile(r"([^\n]*<<[^\n]*\n){2,3}####.*")
-    return [p for p in load_gsm8k(source, "train") if short.fullmatch(p.solutions["en"])][:n]
+    """The first n training problems of GSM8K with two or three steps, each of them annotated.
+
+    Where there are fewer of them, other problems follow.
+    """
+    short, problems = re.compile(r"([^\n]*<<[^\n]*\n){2,3}####.*"), load_gsm8k(source, "train")
+    return sorted(problems, key=lambda p: short.fullmatch(p.solutions["en"]) is None)[:n]
 
 
 def examples(args: Namespace) -> list[Problem]:

@@ -5,9 +5,9 @@ already (the paper's Llama, fine-tuned on GSM8K), or its adapter is fine-tuned h
 with <<48/2=24>>. Fine-tuning is maximum likelihood: the loss of reinforce.py with every weight 1
 and temperature 1, as if the model had written each solution itself and been right.
 
-All runs of a seed that share the senior's language start from the same specialist, so it is made
-once and kept in OUT/specialist/. Fine-tuning that is killed begins anew, and ends the same. The
-same loop pretrains the tiny base (lab/tiny.py).
+All runs of a seed with the same texts and flags start from the same specialist, which is made once
+and kept in OUT/specialist/. Fine-tuning that is killed begins anew, and ends the same. The same
+loop pretrains the tiny base (lab/tiny.py).
 """
 
 import hashlib
@@ -24,9 +24,8 @@ from lab import problems as tasks
 from reinforce import loss
 from rollout import Pair, Rollouts
 
-# The flags that decide what a specialist is, besides its texts, seed and language.
-FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "bfloat16", "rank")
-FLAGS += ("problems", "base")
+# The flags that decide what a specialist is, besides its texts and seed.
+FLAGS = ("specialist_steps", "specialist_batch", "specialist_lr", "four_bit", "rank", "base")
 
 
 def make_specialist(args: Namespace, pair: Pair) -> None:
@@ -35,25 +34,22 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
     if args.specialist_steps == 0:
         return
     texts = tasks.annotated_solutions(args)
-    # A specialist is made anew if its texts or its flags have changed.
-    checksum = hashlib.sha256(repr(texts).encode()).hexdigest()
-    made_from = {flag: getattr(args, flag) for flag in FLAGS} | {"texts": checksum}
-    # With `validation`, a tenth of GSM8K is kept out of the specialist's training too.
-    of_gsm8k = "en-validation" if args.validation else "en"
-    name = args.senior_language if args.problems == tasks.GENERATED else of_gsm8k
-    path = Path(args.out) / "specialist" / name / f"seed-{args.seed}" / "adapter.pt"
+    # Other texts or other flags make another specialist, in a folder of its own.
+    made_from = {flag: getattr(args, flag) for flag in FLAGS}
+    checksum = hashlib.sha256(repr((made_from, texts)).encode()).hexdigest()[:8]
+    name = f"{args.senior_language}-seed-{args.seed}-{checksum}"
+    path = Path(args.out) / "specialist" / name / "adapter.pt"
     # Runs side by side may need the same one: the first makes it, and the others wait.
     with FileLock(path.with_name(".lock")):
-        kept = runs.read_back(path, flags=dict, adapter=dict) if path.is_file() else None
-        if kept and kept["flags"] == made_from:
+        if path.is_file():
+            kept = runs.read_back(path, adapter=dict)
             runs.load_adapter(pair.senior, kept["adapter"], path)
             return
         options = dict(steps=args.specialist_steps, batch=args.specialist_batch, seed=args.seed)
         options |= dict(lr=args.specialist_lr, micro_tokens=args.micro_tokens)
-        options |= dict(label=f"specialist {name} seed {args.seed}")
+        options |= dict(label=f"specialist {args.senior_language} seed {args.seed}")
         fine_tune(pair.senior, pair.senior_tokenizer, texts, **options)
-        state = {"flags": made_from, "adapter": runs.adapter_state(pair.senior)}
-        runs.save_tensors(state, path)
+        runs.save_tensors({"adapter": runs.adapter_state(pair.senior)}, path)
 
 
 def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, label) -> None:

@@ -11,7 +11,8 @@ which is right,
     share = sum_k n_k s_k / sum_k n_k,   with Wilson's 95 % interval for sum_k n_k solutions
 
 so that 3 of 4 and 1 of 4 make 4 of 8, or 50 % [21.5, 78.5]. The interval is the sampling error of
-the evaluation; each seed draws its own held-out problems. It does not say how far training differs
+the evaluation; each seed draws its own held-out problems, which overlap if there are few (and the
+interval is then too narrow). It does not say how far training differs
 from seed to seed: that is what the range in brackets says, lowest to highest seed. Means are
 averaged over the seeds and have no interval.
 
@@ -187,7 +188,7 @@ def table(runs: pd.DataFrame) -> str:
 
 ENDS = {"right alone": ("senior", "accuracy"), "jargon alone": ("senior", "jargon")}
 ENDS |= {"right together": ("tandem", "accuracy")}
-ALIKE = ["senior_language", "junior_language", "updates", "problems", "eval_problems"]
+ALIKE = ["senior_language", "junior_language", "updates", "eval_problems", "problems", "validation"]
 
 
 def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:

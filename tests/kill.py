@@ -96,8 +96,8 @@ def run(command: list[str], target: str = "", count: float = 0) -> int:
 
 def result(out: Path) -> list:
     """Everything that must be equal, as a list of comparable things."""
-    files = ("tandem/seed-0/adapter/adapter_model.safetensors", "specialist/en/seed-0/adapter.pt")
-    return [*everything(out), *((out / file).read_bytes() for file in files)]
+    files = (out / "tandem/seed-0/adapter/adapter_model.safetensors", *out.rglob("adapter.pt"))
+    return [*everything(out), *(file.read_bytes() for file in files)]
 
 
 def is_equal(i: int, rng: random.Random, base: Path, out: Path, whole: float, expected: list):

@@ -124,19 +124,20 @@ def test_columns_of_the_hub_that_are_no_json(monkeypatch):
 
 
 def test_training_problems_are_neither_shown_nor_held_out(tmp_path):
-    """Examples are the first with two or three annotated steps; for other languages, ours."""
+    """Examples are the first with two or three annotated steps, then others; for other languages,
+    ours."""
     rows = [(f"Q{i}", STEP * n + "#### 2") for i, n in enumerate([1, 2, 4, 3])]
     given = {"preset": "qwen", "problems": write(tmp_path, "train", *rows), "eval_problems": 1}
     run = experiments.flags_of_run(given, "tandem", 0)
-    assert [problem.question for problem in tasks.examples(run)] == ["Q1", "Q3"]
-    assert [problem.question for problem in tasks.training_problems(run)] == ["Q0", "Q2"]
+    assert [problem.question for problem in tasks.examples(run)] == ["Q1", "Q3", "Q0"]
+    assert [problem.question for problem in tasks.training_problems(run)] == ["Q2"]
     assert tasks.examples(experiments.flags_of_run(given, "en-de-tandem", 0)) == EXAMPLES
-    for leaked in ("Q0 ", "Q1"):
+    for leaked in ("Q2 ", "Q1"):
         write(tmp_path, "test", ("T", "#### 2"), (leaked, "#### 2"))
-        message = f"2 training and 2 test problems: remove the 1 .* in both, such as '{leaked}'"
+        message = f"1 training and 2 test problems: remove the 1 .* in both, such as '{leaked}'"
         with pytest.raises(ValueError, match=message):
             tasks.load_problems(run)
-    for train, test, found in ((rows, [], "2 training and 0"), ([], rows[:1], "0 training and 1")):
+    for train, test, found in ((rows, [], "1 training and 0"), ([], rows[2:3], "0 training and 1")):
         write(tmp_path, "train", *train)
         write(tmp_path, "test", *test)
         with pytest.raises(ValueError, match=f"{found} test problems: lower --eval-problems"):
