@@ -23,7 +23,8 @@ STATED = {
     "README.md": """
 qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
-qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.en 0
+qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
+qwen/languages de-fr-tandem senior languages.en 0
 qwen/languages de-fr-tandem senior languages.en 4
 qwen/languages de-fr-tandem senior languages.fr 6
 qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior jargon 0
@@ -31,17 +32,18 @@ tiny tandem senior jargon 20 | tiny solo senior jargon 20 | tiny imitation senio
 tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
-qwen tandem junior accuracy 0 | qwen/languages de-fr-tandem senior languages.fr 6
-tiny tandem senior jargon 12 | tiny tandem senior jargon 0 | tiny tandem senior accuracy 0
-tiny tandem junior accuracy 0 | tiny tandem tandem accuracy 0
-controls reinforce-j1 senior accuracy 0 | controls de-fr-reinforce-j1 senior accuracy 0
+qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
+qwen/languages de-fr-tandem senior languages.fr 6 | tiny tandem senior jargon 12
+tiny tandem senior jargon 0 | tiny tandem senior accuracy 0 | tiny tandem junior accuracy 0
+tiny tandem tandem accuracy 0 | controls reinforce-j1 senior accuracy 0
+controls de-fr-reinforce-j1 senior accuracy 0
 controls reinforce-j1 junior accuracy 0 | controls de-fr-reinforce-j1 junior accuracy 0
 controls reinforce-junior-shuffled senior accuracy 80
 controls reinforce-imitation-shuffled senior accuracy 80 | tiny de-en-tandem senior languages.en 40
 tiny fr-de-tandem senior languages.en at its highest
 tiny de-fr-tandem senior languages.en at its highest | smol tandem senior accuracy 0
 smol/eval-500 tandem senior accuracy 0 | smol/eval-500 tandem senior accuracy 24
-smol/eval-500 tandem junior accuracy 0 | smol en-de-tandem junior accuracy 0
+smol/eval-500 tandem junior accuracy 0
 tiny tandem senior jargon 20 | qwen tandem senior jargon 5 | tiny solo senior jargon 28
 qwen solo senior jargon 10 | tiny tandem senior accuracy 8 | tiny tandem junior accuracy 0
 qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
@@ -166,7 +168,7 @@ def test_tandem_rl_is_measured():
     for arm, pair in pairs.items():
         found = [np.array(tables.estimate(name, *pair)[2]) for name in tables.MEASURES]
         ps[arm] = np.sort([student_p(differences) for differences in found]) * range(10, 0, -1)
-    assert f"corrected p is {ps['rlvr-solo'][0]:.2f})" in RESULTS_TEXT
+    assert f"smallest corrected p, {ps['rlvr-solo'][0]:.2f}, is against tandem" in RESULTS_TEXT
     assert f"corrected p = {ps['rlvr-solo-kl-0.1'][0]:.2f})" in RESULTS_TEXT
     assert ps["rlvr-solo-kl-0.1"][1] > 0.05
     (rows,) = [t[1:] for t in tables_in(RESULTS) if (t[0][0], len(t)) == ("measure", 7)]
