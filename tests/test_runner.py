@@ -402,7 +402,11 @@ def test_which_value_a_flag_has():
     of_p = runs_of("--setting granularity --p 0.3")
     assert [run.p for run in of_p[-4:]] == [0.3, 0.25, 0.75, 0.3]
     assert [run.seed for run in runs_of("--setting skill --seeds 2 --arms solo")] == [0, 1]
+    # Own models are not small enough for a process per run.
+    assert runs_of("--setting skill --device cpu --senior x --junior x")[0].jobs == 1
     ends_with("2", runs_of, "--setting rlvr --junior other")  # these arms start from one model
+    # GSM8K has English solutions only, so nobody learns German from them.
+    ends_with("2", runs_of, "--setting language --problems openai/gsm8k")
 
 
 BAD = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/null/runs
