@@ -6,7 +6,7 @@ are the same checkpoint, its weights are loaded once: the junior is that base wi
 and one forward pass can serve both (SharedJunior). Otherwise the junior is a second model.
 
 Memory, measured once: with Qwen2.5 1.5B and 0.5B in bfloat16 on a CPU, and updates in parts of
-1,024 or 2,048 tokens, the peak of the process is 20 GB.
+1,024 tokens, the peak of the process is 17 GB.
 
 Before anything long, a pair is tried out: what lab/engine.py does with it is compared with plain
 forward passes, and architectures for which they differ are refused. No Python code of a checkpoint

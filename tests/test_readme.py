@@ -21,7 +21,8 @@ RESULTS_TEXT = " ".join(RESULTS.split())
 # The numbers of a page between its tables in their order: folder, arm, who, metric, update.
 STATED = {
     "README.md": """
-qwen tandem senior jargon 0 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
+qwen/grpo grpo-tandem senior jargon 20 | qwen tandem senior jargon 0
+qwen tandem senior jargon 5 | qwen solo senior jargon 10
 qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
 qwen/languages de-fr-tandem senior languages.en 0
@@ -33,7 +34,8 @@ tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
-qwen/languages de-fr-tandem senior languages.fr 6 | tiny tandem senior jargon 12
+qwen/languages de-fr-tandem senior languages.fr 6
+qwen/grpo grpo-tandem senior jargon 20 | tiny tandem senior jargon 12
 tiny tandem senior jargon 0 | tiny tandem senior accuracy 0 | tiny tandem junior accuracy 0
 tiny tandem tandem accuracy 0 | controls reinforce-j1 senior accuracy 0
 controls de-fr-reinforce-j1 senior accuracy 0
