@@ -249,7 +249,8 @@ def check_decoding(pair: Pair) -> None:
     """
     distances = torch.tensor([compare_with_plain_passes(pair, seed) for seed in range(3)])
     decoded, scored = distances.median(0).values.tolist()
-    # The output layer alone rounds nothing differently. A distance may be nan.
+    # The output layer reads equal hidden states, so that its rounding is equal too. A distance may
+    # be nan.
     if not (decoded < (1e-3 if pair.senior.dtype == torch.float32 else 0.1) and scored < 1e-3):
         differs = "it does not compute what a forward pass without cache and padding does"
         raise ValueError(f"{differs}: total variation distances {decoded:.2g}, {scored:.2g}")

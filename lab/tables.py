@@ -12,9 +12,9 @@ which is right,
 
 so that 3 of 4 and 1 of 4 make 4 of 8, or 50 % [21.5, 78.5]. The interval is the sampling error of
 the evaluation; each seed draws its own held-out problems, which overlap if there are few (and the
-interval is then too narrow). It does not say how far training differs
-from seed to seed: that is what the range in brackets says, lowest to highest seed. Means are
-averaged over the seeds and have no interval.
+interval is then too narrow). It does not say how far training differs from seed to seed: that is
+what the range in brackets says, lowest to highest seed. Means are averaged over the seeds and have
+no interval.
 
 The measures of Tandem RL (Jiao et al., 2026; lab/measures.py) have one number per problem. Their
 interval is the bootstrap over seeds and problems. Two arms are compared on the same seeds, problem
