@@ -78,7 +78,8 @@ def check_together(parser: argparse.ArgumentParser, given: dict, runs: list[Name
             remedy = "lower --updates, --batch, --specialist-steps or --eval-problems"
             parser.error(f"a million rollouts or problems per run are too many: {remedy}")
         if run.problems != GENERATED and run.senior_language != "en" and run.specialist_steps:
-            reason = f"no {run.senior_language} specialist can be made of its English solutions"
-            parser.error(f"--problems {run.problems}: {reason}: add --specialist-steps 0")
+            reason = f"no {run.senior_language} specialist can be made of their English solutions"
+            remedy = f"add --specialist-steps 0, or leave out {run.arm}"
+            parser.error(f"--problems {run.problems}: {reason}: {remedy}")
         if run.arm.startswith("rlvr") and run.senior != run.junior:
             parser.error(f"arm {run.arm} starts from one model: --junior must equal --senior")

@@ -5,9 +5,9 @@ already (the paper's Llama, fine-tuned on GSM8K), or its adapter is fine-tuned h
 with <<48/2=24>>. Fine-tuning is maximum likelihood: the loss of reinforce.py with every weight 1
 and temperature 1, as if the model had written each solution itself and been right.
 
-All runs of a seed with the same texts and flags start from the same specialist, which is made once
-and kept in OUT/specialist/. Fine-tuning that is killed begins anew, and ends the same. The same
-loop pretrains the tiny base (lab/tiny.py).
+All runs of a seed with the same texts and flags start from the same specialist, whatever their
+precision. It is made once and kept in OUT/specialist/. Fine-tuning that is killed begins anew, and
+ends the same. The same loop pretrains the tiny base (lab/tiny.py).
 """
 
 import hashlib

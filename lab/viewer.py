@@ -99,13 +99,20 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
 
 
 def read_problems(folder: str | Path, arm: str) -> dict[int, dict[tuple, list[dict]]]:
-    """{seed: {(question, gold answer): the kept rollouts in the order of updates}} of an arm."""
+    """{seed: {(question, gold answer): the kept rollouts in the order of updates}} of an arm.
+
+    Only of problems that were kept at the first and at the last evaluation.
+    """
     seeds = {}
     for seed, samples in tables.read_seeds(folder, arm, "samples.jsonl").items():
-        seeds[seed] = defaultdict(list)
+        found, updates = defaultdict(list), set()
         for sample in samples:
             if "spans" in sample:  # else it is no rollout
-                seeds[seed][sample["question"], sample["gold"]].append(describe_rollout(sample))
+                found[sample["question"], sample["gold"]].append(describe_rollout(sample))
+                updates.add(sample["update"])
+        ends = {min(updates, default=0), max(updates, default=0)}
+        kept = {p: of for p, of in found.items() if ends <= {one["update"] for one in of}}
+        seeds |= {seed: kept} if kept else {}
     return seeds
 
 
@@ -153,9 +160,11 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
     found = [p for of_seed in read_problems(folder, "tandem").values() for p in of_seed.items()]
     ranks = [rank_example(rollouts) for _, rollouts in found]
     joint = [[one for one in of_problem if one["who"] == "tandem"] for _, of_problem in found]
-    candidates = [i for i, rollouts in enumerate(joint) if len(rollouts) >= 3]
-    if not candidates:
+    most = max(map(len, joint), default=0)
+    if most < 3:
         return None
+    # More problems are kept before and after training than in between.
+    candidates = [i for i, rollouts in enumerate(joint) if len(rollouts) == most]
     i = max(candidates, key=ranks.__getitem__)
     why = f"Example: the first problem kept throughout training for which {EXAMPLES[ranks[i]]}. "
     why += f"This holds for {ranks.count(ranks[i])} of {len(ranks)} kept before and after training."

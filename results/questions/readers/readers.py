@@ -2,13 +2,14 @@
 
 OTHER is a base with the same tokenizer that was made with another seed. FILE holds an adapter of
 the senior: the state.pt of a run (OUT/<arm>/seed-<k>/), or the adapter.pt of a specialist, which is
-the senior before training (OUT/specialist/en/seed-<k>/). With it, the senior solves the 200
+the senior before training (in OUT/specialist/). With it, the senior solves the 200
 held-out problems of the seed alone. Two readers, the junior ("base") and OTHER ("other"), go on
 from each of its solutions, cut off after 25, 50 and 75 % of its tokens. Prints one line of JSON per
 FILE, with one number per problem: 1 for a right answer, or for a solution with jargon, else 0.
 """
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(other: str, files: list[str]) -> None:
     readers = {"base": pair.junior, "other": models.load_model(other, args)}
     for path in map(Path, files):
         runs.load_adapter(pair.senior, runs.read_back(path, adapter=dict)["adapter"], path)
-        args.seed = int(path.parent.name.removeprefix("seed-"))
+        args.seed = int(re.search("seed-([0-9]+)", path.parent.name)[1])
         problems = tasks.generate(args.eval_problems, "test", args.seed)
         solo = generate(problems, args, pair, p=1.0, seed=10**9 + args.seed)
         arm = "before" if path.name == "adapter.pt" else path.parts[-3]
