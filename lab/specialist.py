@@ -42,8 +42,7 @@ def make_specialist(args: Namespace, pair: Pair) -> None:
     # Runs side by side may need the same one: the first makes it, and the others wait.
     with FileLock(path.with_name(".lock")):
         if path.is_file():
-            kept = runs.read_back(path, adapter=dict)
-            runs.load_adapter(pair.senior, kept["adapter"], path)
+            runs.load_adapter(pair.senior, runs.read_back(path, adapter=dict)["adapter"], path)
             return
         options = dict(steps=args.specialist_steps, batch=args.specialist_batch, seed=args.seed)
         options |= dict(lr=args.specialist_lr, micro_tokens=args.micro_tokens)

@@ -116,6 +116,12 @@ def read_problems(folder: str | Path, arm: str) -> dict[int, dict[tuple, list[di
     return seeds
 
 
+def kept_throughout(problems: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
+    """The problems of one seed with most rollouts: others were kept at both ends only."""
+    most = max(map(len, problems.values()))
+    return {problem: of for problem, of in problems.items() if len(of) == most}
+
+
 def describe_rollout(sample: dict) -> dict:
     """One rollout: its verdict, its tokens (or spans), and what is underlined in it."""
     tokens = sample.get("steps", sample["spans"])
@@ -157,18 +163,18 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
 
     None if no problem was kept at three evaluations.
     """
-    found = [p for of_seed in read_problems(folder, "tandem").values() for p in of_seed.items()]
-    ranks = [rank_example(rollouts) for _, rollouts in found]
-    joint = [[one for one in of_problem if one["who"] == "tandem"] for _, of_problem in found]
-    most = max(map(len, joint), default=0)
-    if most < 3:
+    seeds, shown = read_problems(folder, "tandem").values(), []
+    for problems in seeds:
+        for problem, rollouts in kept_throughout(problems).items():
+            joint = [rollout for rollout in rollouts if rollout["who"] == "tandem"]
+            shown += [(rank_example(rollouts), problem, joint)] if len(joint) >= 3 else []
+    if not shown:
         return None
-    # More problems are kept before and after training than in between.
-    candidates = [i for i, rollouts in enumerate(joint) if len(rollouts) == most]
-    i = max(candidates, key=ranks.__getitem__)
-    why = f"Example: the first problem kept throughout training for which {EXAMPLES[ranks[i]]}. "
-    why += f"This holds for {ranks.count(ranks[i])} of {len(ranks)} kept before and after training."
-    return found[i][0], joint[i], why
+    best, problem, joint = max(shown, key=lambda example: example[0])
+    ranks = [rank_example(rollouts) for problems in seeds for rollouts in problems.values()]
+    why = f"Example: the first problem kept throughout training for which {EXAMPLES[best]}. "
+    why += f"This holds for {ranks.count(best)} of {len(ranks)} kept before and after training."
+    return problem, joint, why
 
 
 # ------------------------------------------------------------------------------------------------
@@ -218,11 +224,9 @@ def read_arm(folder: str | Path, arm: str) -> list[dict]:
     runs = []
     # A run without a row may still lack the rollouts of a writer, and is left out.
     for seed in sorted(rows.keys() & problems.keys()):
-        found = [[*problem, rank_example(of), of] for problem, of in problems[seed].items()]
-        run = about | {"seed": seed, "ranks": [rank for _, _, rank, _ in found]}
-        # More problems are kept before and after training than in between.
-        most = max(len(of) for *_, of in found)
-        run["problems"] = [problem for problem in found if len(problem[3]) == most]
+        run = about | {"seed": seed, "ranks": list(map(rank_example, problems[seed].values()))}
+        shown = kept_throughout(problems[seed]).items()
+        run["problems"] = [[*problem, rank_example(of), of] for problem, of in shown]
         evaluated = (row for row in rows[seed] if "eval" in row)
         run["evaluations"] = {row["update"]: numbers_in(row["eval"]) for row in evaluated}
         runs.append(run)

@@ -59,10 +59,12 @@ def test_differences_by_hand(tmp_path):
     """Two seeds of two problems. Alone j1 is right on 2 of 4 and the other arm on 3, the pair on 2
     and none; per seed +50 and 0, so Student's interval is 25 +- 12.706 * 25 (317.6)."""
     right = {"reinforce-j1": ([0, 1], [1, 0]), "reinforce-junior": ([1, 1], [1, 0])}
-    right["reinforce-imitation"] = right["reinforce-j1"]  # on validation problems: not compared
+    # On validation problems and on other problems: not compared.
+    right["reinforce-imitation"] = right["reinforce-j0"] = right["reinforce-j1"]
     for arm, seeds in right.items():
         for seed, values in enumerate(seeds):
             flags = {"updates": 0, "validation": "imitation" in arm}
+            flags |= {"problems": "others"} if "j0" in arm else {}
             write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), flags=flags)
             path = tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"
             row = json.loads(path.read_text())
