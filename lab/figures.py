@@ -15,7 +15,8 @@ printed, and its figures are written to RUNS/figures/, each as PNG and as PDF:
     pressure-language  the same where senior and junior speak different languages
     credit             who writes, whose words are scored, and are the rewards true?
     rlvr               the measures of Tandem RL (Jiao et al., 2026): differences between arms
-    all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py)
+    all of them        rollouts.html: a page on which to see who wrote what (lab/viewer.py), and
+                       evaluations.csv: a row per evaluation, shares from 0 to 1
 
 There are four kinds of figures: curves, rollouts by author (figure_1), a heat map and forest plots.
 A new setting gets curves like those of skill-figure2. For another figure, write a function of
@@ -380,13 +381,17 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_all(folder: Path, settings: Iterable[str]) -> None:
-    """Draw the figures of these settings, and the page of rollouts, into folder/figures/."""
+    """Write the figures of these settings, the page of rollouts and all evaluations as CSV into
+    folder/figures/."""
     for setting in settings:
         runs = read_runs(folder, experiments.SETTINGS[setting])
         for name, function in FIGURES.get(setting, {setting: skill}).items():
             if len(runs) and (figure := function(folder, runs)):
                 print(save(figure, folder / "figures" / f"{name}.png"))
     viewer.draw_page(folder)
+    path = folder / "figures" / "evaluations.csv"
+    with writing(path):
+        tables.evaluations(folder).to_csv(path, index=False)
 
 
 @errors_in_one_line()

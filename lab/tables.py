@@ -79,6 +79,13 @@ def read_runs(folder: str | Path, arms: Iterable[str]) -> pd.DataFrame:
     return pd.json_normalize(found) if found else pd.DataFrame(columns=COLUMNS)
 
 
+def evaluations(folder: Path) -> pd.DataFrame:
+    """Every evaluation of all arms in the folder, without the outcomes of the single problems."""
+    runs = read_runs(folder, arms_in(folder))
+    runs = runs[runs.who != "training"].astype({"n": int})
+    return runs.filter(regex=r"^(?!outcomes\.|seconds)")
+
+
 # ------------------------------------------------------------------------------------------------
 # Pooling
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from companions import atod, belief_states
@@ -258,7 +259,11 @@ def test_what_is_written_and_printed(tmp_path, monkeypatch, capsys):
     names = ["control", "granularity", "own", "skill-figure1", "skill-figure2"]
     files = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     found = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert found == {*files, "rollouts.html"}
+    assert found == {*files, "rollouts.html", "evaluations.csv"}
+    written = pd.read_csv(tmp_path / "figures" / "evaluations.csv")
+    assert not written.filter(regex="outcomes|seconds").size
+    of_tandem = written[(written.arm == "tandem") & (written.who != "junior")]
+    assert of_tandem.accuracy.tolist() == [0.75, 0.5, 0.5, 0.75]
     printed = capsys.readouterr().out
     for line in ("stray is left out", " | 8 → 8 | 2 → 2 |", "shuffled is left out"):
         assert line in printed

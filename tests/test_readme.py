@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lab import tables
@@ -243,21 +244,25 @@ def test_gains_of_the_readers_are_those_of_the_file():
         assert cells == [*found, ", ".join(right)]
 
 
-def full_tables(root: Path) -> str:
-    """Every arm in the folders below root, with all columns."""
-    parts = []
+def full_tables(root: Path) -> dict[str, str]:
+    """{ending: text}: every arm in the folders below root with all columns, and all evaluations."""
+    parts, evaluations = [], {}
     for folder in sorted({path.parents[2] for path in root.rglob("metrics.jsonl")}):
         runs = tables.read_runs(folder, tables.arms_in(folder))
         if len(runs):
-            parts += [f"# {folder.relative_to(root.parent)}", tables.all_tables(folder, runs)]
-    return "\n\n".join(parts) + "\n"
+            name = folder.relative_to(root.parent).as_posix()
+            parts += [f"# {name}", tables.all_tables(folder, runs)]
+            evaluations[name] = tables.evaluations(folder)
+    csv = pd.concat(evaluations, names=["folder"]).droplevel(1).to_csv(lineterminator="\n")
+    return {"md": "\n\n".join(parts) + "\n", "csv": csv}
 
 
 @pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
 def test_full_tables_are_those_of_the_files(root, tmp_path):
-    committed, made = HERE / "results" / "tables" / f"{root.name}.md", tmp_path / "made.md"
-    made.write_text(full_tables(root), encoding="utf-8")
-    assert committed.read_text(encoding="utf-8") == made.read_text(), f"cp {made} {committed}"
+    for ending, text in full_tables(root).items():
+        committed = HERE / "results" / "tables" / f"{root.name}.{ending}"
+        (made := tmp_path / committed.name).write_text(text, encoding="utf-8")
+        assert committed.read_text(encoding="utf-8") == text, f"cp {made} {committed}"
 
 
 def test_the_contents_lead_to_headings():
