@@ -86,13 +86,17 @@ def look_of(arm: str) -> Look:
     return ARMS.get(arm) or ARMS.get(arm.removesuffix("-shuffled"), own)
 
 
-def describe(folder: Path, runs: pd.DataFrame) -> str:
-    """The beginning of a caption: the models, the problems, n, and the seeds."""
+def models_and_problems(folder: Path, runs: pd.DataFrame) -> str:
     flags = read_flags(folder, runs.arm.iloc[0])
     senior, junior, problems = (Path(flags[key]).name for key in ("senior", "junior", "problems"))
+    return f"Senior: {senior}. Junior: {junior}. Problems: {problems}"
+
+
+def describe(folder: Path, runs: pd.DataFrame) -> str:
+    """The beginning of a caption: the models, the problems, n, and the seeds."""
     seeds = " or ".join(map(str, sorted(set(runs.groupby("arm").seed.nunique()))))
-    about = f"Senior: {senior}. Junior: {junior}. Problems: {problems}, {runs.n.max():.0f} "
-    return f"{about}solutions per point and seed. Seeds per arm: {seeds}. "
+    about = f"{models_and_problems(folder, runs)}, {runs.n.max():.0f} solutions per point and seed"
+    return f"{about}. Seeds per arm: {seeds}. "
 
 
 def caption(figure: plt.Figure, text: str) -> plt.Figure:
@@ -208,15 +212,16 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     problem = textwrap.fill(f"{question} (Answer: {gold})", 116)
     # A dollar sign begins no formula.
     figure.suptitle(problem, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
-    note = f"Blue: written by the senior; orange: by the junior. {why}"
-    caption(figure, describe(folder, runs) + note)
+    note = f"Blue: the senior's words; orange: the junior's. {why} "
+    caption(figure, f"{note}{models_and_problems(folder, runs)}.")
     figure.draw_without_rendering()  # after which the width of the axes is known
     # Points: a character of the font is 0.602 of its size wide.
     size = 72 * WIDTH * axes[0].get_position().width / COLUMNS / 0.602
     look = dict(family="monospace", fontsize=size, va="center", parse_math=False, in_layout=False)
     for ax, rollout, lines in zip(axes, shown, wrapped):
+        when = f"update {rollout['update']}" if rollout["update"] else "before training"
         verdict = "right" if rollout["right"] else "wrong"
-        ax.set_title(f"update {rollout['update']}: {verdict}", weight="bold", loc="left")
+        ax.set_title(f"{when}: {verdict}", weight="bold", loc="left")
         cells = np.ones((rows, COLUMNS, 3))  # white
         for y, (line, authors) in enumerate(lines):
             cells[y, : len(line)] = [AUTHORS[author] for author in authors]

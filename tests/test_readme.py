@@ -22,16 +22,17 @@ RESULTS_TEXT = " ".join(RESULTS.split())
 # The numbers of a page between its tables in their order: folder, arm, who, metric, update.
 STATED = {
     "README.md": """
-qwen/grpo grpo-tandem senior jargon 20 | qwen tandem senior jargon 0
-qwen tandem senior jargon 5 | qwen solo senior jargon 10
-qwen imitation senior jargon 10 | qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20
-qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
+tiny tandem senior jargon 0 | qwen tandem senior jargon 0 | tiny tandem senior jargon 20
+qwen tandem senior jargon 10 | tiny imitation senior jargon 20 | qwen imitation senior jargon 10
+tiny solo senior jargon 20 | qwen solo senior jargon 10 | qwen/grpo grpo-tandem senior jargon 20
+tiny grpo-solo senior jargon 80 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
+qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
+qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
 qwen/languages de-fr-tandem senior languages.en 0
 qwen/languages de-fr-tandem senior languages.en 4
 qwen/languages de-fr-tandem senior languages.fr 6
-qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior jargon 0
-tiny tandem senior jargon 20 | tiny solo senior jargon 20 | tiny imitation senior jargon 8
-tiny tandem senior jargon 8 | tiny grpo-solo senior jargon 80""",
+qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior jargon 8
+tiny imitation senior jargon 8 | tiny solo senior jargon 8""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
