@@ -213,7 +213,7 @@ def figure_1(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
     # A dollar sign begins no formula.
     figure.suptitle(problem, fontsize=SIZE, x=0.01, ha="left", parse_math=False)
     note = f"Blue: the senior's words; orange: the junior's. {why} "
-    caption(figure, f"{note}{models_and_problems(folder, runs)}.")
+    caption(figure, f"{note}Arm: tandem. {models_and_problems(folder, runs)}.")
     figure.draw_without_rendering()  # after which the width of the axes is known
     # Points: a character of the font is 0.602 of its size wide.
     size = 72 * WIDTH * axes[0].get_position().width / COLUMNS / 0.602

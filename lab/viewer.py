@@ -136,11 +136,11 @@ def describe_rollout(sample: dict) -> dict:
 
 # The example is the first kept problem of the highest rank.
 EXAMPLES = {
-    3: "before training the senior alone is right, the pair wrong with jargon; after it, right "
-    "without jargon",
-    2: "the pair is wrong before training and right after it",
-    1: "the pair loses its jargon",
-    0: "the pair neither goes from wrong to right nor loses its jargon",
+    3: "Before training the senior alone is right, the pair wrong with jargon; after it, the pair "
+    "is right without jargon",
+    2: "The pair is wrong before training and right after it",
+    1: "The pair loses its jargon",
+    0: "The pair neither goes from wrong to right nor loses its jargon",
 }
 
 
@@ -173,8 +173,8 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
         return None
     best, problem, joint = max(shown, key=lambda example: example[0])
     ranks = [rank_example(rollouts) for problems in seeds for rollouts in problems.values()]
-    why = f"The first saved problem of this kind: {EXAMPLES[best]}. "
-    why += f"Of {len(ranks)} saved problems {ranks.count(best)} are of this kind."
+    num = ranks.count(best)
+    why = f"{EXAMPLES[best]}. The first of {num} such problems among {len(ranks)} saved."
     return problem, joint, why
 
 

@@ -24,15 +24,16 @@ STATED = {
     "README.md": """
 tiny tandem senior jargon 0 | qwen tandem senior jargon 0 | tiny tandem senior jargon 20
 qwen tandem senior jargon 10 | tiny imitation senior jargon 20 | qwen imitation senior jargon 10
-tiny solo senior jargon 20 | qwen solo senior jargon 10 | qwen/grpo grpo-tandem senior jargon 20
-tiny grpo-solo senior jargon 80 | qwen tandem senior jargon 5 | qwen solo senior jargon 10
-qwen tandem senior accuracy 0 | qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
+tiny solo senior jargon 20 | qwen solo senior jargon 10 | tiny reinforce-j0 senior jargon 80
+qwen/grpo grpo-tandem senior jargon 20 | controls reinforce-j0-shuffled senior jargon 80
+qwen imitation senior jargon 5 | qwen tandem senior accuracy 0
+qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
 qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
 qwen/languages de-fr-tandem senior languages.en 0
 qwen/languages de-fr-tandem senior languages.en 4
 qwen/languages de-fr-tandem senior languages.fr 6
-qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior jargon 8
-tiny imitation senior jargon 8 | tiny solo senior jargon 8""",
+qwen/languages de-fr-imitation senior languages.en 2 | tiny tandem senior accuracy 28
+tiny imitation senior accuracy 28 | tiny solo senior accuracy 28""",
     "results/README.md": """
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20

@@ -126,7 +126,7 @@ def test_the_example_was_kept_during_training(folder):
     assert question == kept[0]["question"]
     assert len(rollouts) >= 3
     num = len({row["question"] for row in kept}) + 1
-    assert why.endswith(f"Of {num} saved problems {num - 1} are of this kind.")
+    assert why.endswith(f"The first of {num - 1} such problems among {num} saved.")
 
 
 @pytest.mark.parametrize("copy", sorted((ROOT / "docs").glob("*.html")), ids=lambda path: path.stem)
