@@ -1,4 +1,4 @@
-"""What tandem rollouts and updates cost:  python -m lab.benchmark [--only PART] [--out FILE]
+"""What tandem rollouts and updates cost:  python -m lab.benchmark [--only PART]
 
     part      what is measured
     tiny      seconds of 152 rollouts of 112 tokens by the tiny base: transformers' generate (the
@@ -10,7 +10,7 @@
               31 rollouts of 200 + 256 tokens, an update on them, and their times, as in the part
               `tiny`
 
-Without --only all parts run, cuda only where there is a GPU. --out adds the numbers to a JSON file.
+Without --only all parts run, cuda only where there is a GPU. Each part prints a JSON object.
 peak_mib: on a GPU, the peak of the tensors minus what was in use before; on a CPU, by how much the
 peak of the process rose. Times are medians, but for the one rollout and update of the part cuda,
 and depend on the machine: compare ratios. Nothing here says how good a model is.
@@ -23,7 +23,6 @@ import resource
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -156,19 +155,10 @@ PARTS = {"tiny": measure_tiny, "update": measure_updates}
 PARTS |= {"cuda": measure_cuda} if DEVICE == "cuda" else {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What tandem rollouts and updates cost.")
-    parser.add_argument("--only", choices=list(PARTS), help="measure this part only")
-    parser.add_argument("--out", type=Path, help="JSON file to which the numbers are added")
-    args = parser.parse_args()
-    # A damaged file is noticed before anything is measured.
-    found = json.loads(args.out.read_bytes()) if args.out and args.out.is_file() else {}
-    for part in [args.only] if args.only else PARTS:
-        found[part] = PARTS[part]() | runs.describe_machine(DEVICE)
-        print(part, json.dumps(found[part], indent=1))
-        if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="What tandem rollouts and updates cost, as JSON.")
+    parser.add_argument("--only", choices=list(PARTS), help="measure this part only")
+    only = parser.parse_args().only
+    for part in [only] if only else PARTS:
+        found = {part: PARTS[part]() | runs.describe_machine(DEVICE)}
+        print(json.dumps(found, indent=1), flush=True)

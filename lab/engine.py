@@ -40,10 +40,9 @@ CACHE = "cache" if IS_NEW else "past_key_values"
 
 def pad(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask) of token lists, padded on one side ("left" or "right") to (B, longest)."""
-    padded = partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = padded([torch.tensor(row, dtype=torch.long) for row in rows])
-    mask = padded([torch.ones(len(row), dtype=torch.long) for row in rows])
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    both = ids, [torch.ones_like(row) for row in ids]
+    return tuple(pad_sequence(x, batch_first=True, padding_side=side).to(device) for x in both)
 
 
 class Decoder:
@@ -91,44 +90,39 @@ class CachedModel:
         self.mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
         # Padding does not count as a position: a row must not depend on the longest prompt.
         self.position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, *self.mask.shape))
-        # Only the logits at the last position are needed. With an integer instead of a tensor,
-        # the models would take a slice for which PyTorch copies the output layer once per row.
-        self.last = torch.tensor([-1], device=device)
-        # What all prompts have in common at their beginning, less than any prompt has.
-        beginnings = [[prompt[:-1] for prompt in of_role] for of_role in prompts_by_role]
-        shared = min(len(os.path.commonprefix(of_role)) for of_role in beginnings)
-        if shared >= MIN_SHARED:
-            self.read_beginnings([of_role[0][:shared] for of_role in prompts_by_role], mask)
+        self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, self.mask.shape[1]))
+        # What the prompts of a role have in common at their beginning, less than any prompt has.
+        common = [os.path.commonprefix([one[:-1] for one in role]) for role in prompts_by_role]
+        shared = min(map(len, common))
+        # (A common beginning is itself read with max_new_tokens = 0, as a whole.)
+        if shared >= MIN_SHARED and max_new_tokens > 0:
+            self.start_from(CachedModel(model, [[one[:shared]] for one in common], 0, device), mask)
         self.read(ids[:, self.length :])
 
-    def read_beginnings(self, beginnings: list[list[int]], mask: torch.Tensor) -> None:
-        """Read the common beginning of the prompts once per role, and copy its keys and values.
+    def start_from(self, beginning: "CachedModel", mask: torch.Tensor) -> None:
+        """Copy keys and values of the common beginning, which was read once per role.
 
         They go behind the padding of each row. (In front of it, padding would count as distance in
         models with a sliding window.) mask: (num_roles * B, P), that of the prompts.
         """
-        of_prompts, device = (self.mask, self.position_ids), mask.device
-        ids, self.mask = pad(beginnings, "left", device)
-        self.position_ids = self.mask.cumsum(1) - 1
-        self.read(ids)
-        self.mask, self.position_ids = of_prompts
-        roles = torch.arange(self.num_roles, device=device)
-        self.cache.batch_select_indices(roles.repeat_interleave(len(mask) // self.num_roles))
+        self.length, batch = beginning.length, len(mask) // self.num_roles
         # Column c of a row with k columns of padding holds token c - k.
-        padding = (mask == 0).sum(1, keepdim=True)  # (num_roles * B, 1)
-        source = (torch.arange(self.length, device=device) - padding).clamp(min=0)
-        for layer in self.cache.layers:
-            for buffer in layer.buffers:
-                x = buffer[:, :, : self.length]  # (num_roles * B, heads, length, width)
-                x.copy_(x.take_along_dim(source[:, None, :, None], 2))
+        padding = (mask == 0).sum(1)[:, None, None, None]  # (num_roles * B, 1, 1, 1)
+        # (num_roles * B, 1, length, 1)
+        source = (torch.arange(self.length, device=mask.device)[:, None] - padding).clamp(min=0)
+        for i, layer in enumerate(beginning.cache.layers):
+            # (num_roles * B, heads, length, width) each
+            copies = (x.repeat_interleave(batch, 0) for x in (layer.keys, layer.values))
+            self.cache.update(*(x.take_along_dim(source, 2) for x in copies), i)
 
     def read(self, ids: torch.Tensor) -> None:
         """Append tokens to every row."""
         start, self.length = self.length, self.length + ids.shape[1]
         inputs = dict(input_ids=ids, attention_mask=self.mask[:, : self.length])
         inputs |= dict(position_ids=self.position_ids[:, start : self.length])
-        inputs |= {"logits_to_keep": self.last, "use_cache": True, CACHE: self.cache}
+        # Only the logits at the last position are needed. With an integer instead of a tensor,
+        # the models would take a slice for which PyTorch copies the output layer once per row.
+        inputs |= {"logits_to_keep": ids.new_tensor([-1]), "use_cache": True, CACHE: self.cache}
         self.logits = self.model(**inputs).logits[:, -1].chunk(self.num_roles)  # (B, V) per role
 
     def select_rows(self, kept: list[int]) -> None:
@@ -142,18 +136,18 @@ class CachedModel:
 class PreallocatedLayer(DynamicLayer):
     """The key-value cache of one layer. DynamicLayer concatenates, and so copies, at every step.
 
-    Its buffers have room for `rows` rows of `capacity` tokens; fewer rows may be in use.
+    Its buffers have room for `capacity` tokens per row. After compaction fewer rows are in use.
     """
 
-    def __init__(self, rows: int, capacity: int):
+    def __init__(self, capacity: int):
         super().__init__()
-        self.rows, self.capacity = rows, capacity
+        self.capacity = capacity
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs):
         """Append keys and values, (B, heads, new, width), and return those of all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            sizes = [(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (keys, values)]
+            sizes = [(*x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)]
             self.buffers = [keys.new_empty(size) for size in sizes]
         rows, start = len(keys), self.get_seq_length()
         end = start + keys.shape[2]
@@ -227,16 +221,14 @@ class FrozenOutputLayer(torch.autograd.Function):
             logprobs.append(all_logprobs.gather(1, y)[:, 0])  # (n,)
             if ctx.needs_input_grad[1]:
                 # onehot(y) - softmax, in place: all_logprobs is not needed any more.
-                difference = all_logprobs.exp_().neg_()  # (n, V)
-                difference.scatter_add_(1, y, torch.ones_like(y, dtype=difference.dtype))
+                difference = all_logprobs.exp_().neg_().scatter_(1, y, 1.0, reduce="add")  # (n, V)
                 gradients.append(difference.to(h.dtype) @ head.weight / temperature)  # (n, H)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
+        ctx.save_for_backward(*gradients)
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        (gradients,) = ctx.saved_tensors  # (N, H)
+        gradients = torch.cat(ctx.saved_tensors)  # (N, H)
         return None, upstream[:, None].to(gradients.dtype) * gradients, None, None
 
 
@@ -248,9 +240,8 @@ def micro_batches(rollouts, weights: torch.Tensor, max_tokens: int, keep_all: bo
     denominator of the loss is that of the whole batch, so it is fixed before this split.
     """
     rows = ((weights != 0).any(1) | keep_all).nonzero()[:, 0].cpu()
-    prompts, completions = (
-        mask.sum(1).cpu() for mask in (rollouts.prompt_mask, rollouts.completion_mask)
-    )
+    masks = rollouts.prompt_mask, rollouts.completion_mask
+    prompts, completions = (mask.sum(1).cpu() for mask in masks)
     parts: list[list[int]] = [[]]
     # Sorted, because parts of similar length waste less on padding.
     for row in rows[completions[rows].argsort()].tolist():

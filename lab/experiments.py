@@ -85,7 +85,7 @@ PRESETS: dict[str, dict] = {
 # The senior's language, then the junior's.
 # Open in paper: which languages, and which four pairs.
 LANGUAGE_PAIRS = ("en-de", "de-en", "de-fr", "fr-de")
-SWEEP_C, SWEEP_J = (0.0, -0.1, -0.3, -0.5), (0.0, 0.2, 0.35, 0.5, 1.0)
+SWEEP = [(c, j) for c in (0.0, -0.1, -0.3, -0.5) for j in (0.0, 0.2, 0.35, 0.5, 1.0)]
 
 
 def in_languages(pair: str) -> dict:
@@ -99,6 +99,12 @@ LONG = {"updates": 80, "eval_every": 8}
 GRPO = {"algorithm": "grpo", "wrong_weight": 0.0, "junior_weight": 0.0, "rollouts_per_prompt": 8}
 RLVR = GRPO | {"updates": 60, "eval_every": 20, "eval_problems": 400, "measures": True}
 RLVR |= {"specialist_steps": 0, "handoff": "redraw"}
+
+# With j = 1 the loss also imitates the junior. "imitation" has nothing else: no handoff and no
+# token of the senior. "shuffled" keeps the imitation and makes the reward meaningless;
+# "senior-only" (j = 0) keeps the reward and removes the imitation.
+CONTROLS: dict[str, dict] = {"imitation": {"imitation": True}, "shuffled": {"rewards": "shuffled"}}
+CONTROLS |= {"senior-only": {"junior_weight": 0.0}}
 
 # Who writes in training, and whose words are scored: both's, the senior's, the junior's; and the
 # junior writes alone.
@@ -119,21 +125,10 @@ ARMS: dict[str, dict] = {
     # Every other schedule ("word" is the arm "tandem"), and other probabilities p.
     **{schedule: {"handoff": schedule} for schedule in SCHEDULES if schedule != "word"},
     **{f"p-{p}": {"p": p} for p in (0.25, 0.75)},
-    # With j = 1 the loss also imitates the junior. "imitation" has nothing else: no handoff and no
-    # token of the senior. "shuffled" keeps the imitation and makes the reward meaningless;
-    # "senior-only" (j = 0) keeps the reward and removes the imitation.
-    "imitation": {"imitation": True},
-    "shuffled": {"rewards": "shuffled"},
-    "senior-only": {"junior_weight": 0.0},
-    "de-fr-imitation": in_languages("de-fr") | {"imitation": True},
-    "de-fr-shuffled": in_languages("de-fr") | {"rewards": "shuffled"},
-    "de-fr-senior-only": in_languages("de-fr") | {"junior_weight": 0.0},
+    **CONTROLS,
+    **{f"de-fr-{arm}": in_languages("de-fr") | flags for arm, flags in CONTROLS.items()},
     # Appendix E, on validation problems.
-    **{
-        f"c{c:g}-j{j:g}": {"wrong_weight": c, "junior_weight": j, "validation": True}
-        for c in SWEEP_C
-        for j in SWEEP_J
-    },
+    **{f"c{c:g}-j{j:g}": dict(wrong_weight=c, junior_weight=j, validation=True) for c, j in SWEEP},
     # Pressure by the reward alone: GRPO does not score the junior's tokens (j = 0).
     "grpo-tandem": GRPO | LONG,
     "grpo-shuffled": GRPO | LONG | {"rewards": "shuffled"},
@@ -155,8 +150,7 @@ SETTINGS: dict[str, list[str]] = {
     "language": [f"{pair}-{arm}" for pair in LANGUAGE_PAIRS for arm in ("tandem", "solo")],
     "granularity": ["tandem" if schedule == "word" else schedule for schedule in SCHEDULES]
     + ["p-0.25", "p-0.75", "solo"],
-    "control": ["tandem", "imitation", "shuffled", "senior-only"]
-    + ["de-fr-tandem", "de-fr-imitation", "de-fr-shuffled", "de-fr-senior-only"],
+    "control": [f"{language}{arm}" for language in ("", "de-fr-") for arm in ("tandem", *CONTROLS)],
     "sweep": [arm for arm in ARMS if "validation" in ARMS[arm]],
     "pressure": ["grpo-tandem", "grpo-shuffled", "grpo-solo", "reinforce-j1", "reinforce-j0"],
     "credit": [f"{language}{arm}" for language in ("", "de-fr-") for arm in CREDIT],
@@ -185,10 +179,9 @@ def arms_of(setting: str) -> list[str]:
 
 def flags_of_run(given: dict, arm: str, seed: int) -> Namespace:
     """The flags of one run. given: from the command line."""
-    of_arm = ARMS[arm]
-    fixed = {flag: value for flag, value in of_arm.items() if flag not in LENGTHS}
+    fixed = {flag: value for flag, value in ARMS[arm].items() if flag not in LENGTHS}
     preset = PRESETS[given.get("preset", "tiny")]
-    flags = DEFAULTS | of_arm | preset | given | fixed | {"arm": arm, "seed": seed}
+    flags = DEFAULTS | ARMS[arm] | preset | given | fixed | {"arm": arm, "seed": seed}
     # An arm with twice the rollouts per problem keeps its number of problems.
     flags["batch"] *= flags.pop("batch_factor", 1)
     return Namespace(**flags)

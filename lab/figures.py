@@ -28,10 +28,8 @@ import re
 import sys
 import textwrap
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
-from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +39,13 @@ os.environ["MPLBACKEND"] = "Agg"  # draws to files, without a screen
 import matplotlib.pyplot as plt
 
 from lab import experiments, tables, viewer
-from lab.runs import Refused, errors_in_one_line, writing
+from lab.runs import Refused, errors_in_one_line, replace_file, writing
 from lab.tables import arms_in, by_seed, pooled, read_flags, read_runs
 
 WIDTH, SIZE = 7.0, 8  # inches: the text width of a paper with two columns; points: of every text
-plt.rcParams |= {"font.size": SIZE, "axes.titlesize": SIZE, "legend.fontsize": SIZE}
-plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
-plt.rcParams |= {"text.hinting": "none"}  # which would change the widths of the characters
+plt.rcParams |= {"font.size": SIZE, "axes.titlesize": SIZE, "axes.grid": True, "grid.alpha": 0.25}
+# Hinting would change the widths of the characters.
+plt.rcParams |= {"legend.frameon": False, "text.hinting": "none"}
 # The colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLOURS = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000".split()
 BLUE, RED, GREEN, ORANGE, PINK, SKY = COLOURS[:6]
@@ -55,8 +53,7 @@ GREY = "#555555"  # of the junior alone, and of schedules
 
 # Label, colour and marker of an arm in every figure; the arms of a pair of languages look like
 # those without it. Two arms have the same colour only if they never meet in a figure.
-Look = tuple[str, str, str]
-ARMS: dict[str, Look] = {
+ARMS: dict[str, tuple] = {
     "tandem": ("tandem training", BLUE, "o"),
     "solo": ("standard RL", RED, "s"),
     "imitation": ("imitation only", GREEN, "^"),
@@ -78,7 +75,7 @@ ARMS: dict[str, Look] = {
 LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
 
 
-def look_of(arm: str) -> Look:
+def look_of(arm: str) -> tuple[str, str, str]:
     """An arm that is not in ARMS has its name, and colour and marker by a checksum of it."""
     chosen = zlib.crc32(arm.encode())
     colour = ORANGE if arm.endswith("-shuffled") else COLOURS[chosen % 7]
@@ -129,7 +126,7 @@ PAIR |= {"in the junior's language": ("senior", "languages.{junior}")}
 SPOKEN = {f"in {name}": ("senior", f"languages.{code}") for code, name in LANGUAGES.items()}
 
 
-def draw_curve(ax: plt.Axes, runs: pd.DataFrame, who: str, metric: str, look: Look) -> None:
+def draw_curve(ax: plt.Axes, runs: pd.DataFrame, who: str, metric: str, look: tuple) -> None:
     """A metric of an arm; in a panel of accuracy also that of the junior, which is not trained."""
     label, colour, marker = look
     if metric == "accuracy" and not ax.lines:
@@ -144,23 +141,20 @@ def draw_curve(ax: plt.Axes, runs: pd.DataFrame, who: str, metric: str, look: Lo
     else:
         lines, width = points[["value"]], 1.4
         ax.fill_between(points.index, points.low, points.high, color=colour, alpha=0.2)
-    options = dict(marker=marker, markersize=2 * width, linewidth=width)
-    ax.plot(lines, color=colour, label=label, **options)
+    ax.plot(lines, color=colour, label=label, marker=marker, markersize=2 * width, linewidth=width)
 
 
 def curves(folder: Path, runs: pd.DataFrame, metrics: dict, also: tuple = ()) -> plt.Figure:
     """All arms, and those in `also`: a column of panels per metric, a row per pair of languages."""
-    runs, pairs = read_runs(folder, [*runs.arm.unique(), *also]), defaultdict(list)
+    runs, pairs = read_runs(folder, [*runs.arm.unique(), *also]), {}
     for arm in runs.arm.unique():
         flags = read_flags(folder, arm)
-        pairs[flags["senior_language"], flags["junior_language"]].append(arm)
-    options = dict(sharex="row", sharey=True, squeeze=False, layout="constrained")
-    size = WIDTH, 1.1 + 1.2 * len(pairs)
-    figure, axes = plt.subplots(len(pairs), len(metrics), figsize=size, **options)
+        pairs.setdefault((flags["senior_language"], flags["junior_language"]), []).append(arm)
+    figure = plt.figure(figsize=(WIDTH, 1.1 + 1.2 * len(pairs)), layout="constrained")
+    axes = figure.subplots(len(pairs), len(metrics), sharex="row", sharey=True, squeeze=False)
     for row, ((senior, junior), arms) in zip(axes, pairs.items()):
-        languages = [LANGUAGES.get(code, code) for code in (senior, junior)]
-        row[0].set_ylabel(f"{' → '.join(languages)}\nsolutions (%)")
-        row[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
+        languages = " → ".join(LANGUAGES.get(code, code) for code in (senior, junior))
+        row[0].set(ylabel=f"{languages}\nsolutions (%)", ylim=(-3, 103), yticks=range(0, 101, 25))
         for ax, (who, metric) in zip(row, metrics.values()):
             for arm in arms:
                 look = look_of(arm.removeprefix(f"{senior}-{junior}-"))
@@ -300,27 +294,22 @@ LOW_JARGON = 5  # percent
 ADVISED = [(c, j) for c in (-0.3, -0.5) for j in (0.2, 0.35)]  # by the paper's Appendix E
 
 
-def read_cells(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per (c, j), the largest first: joint accuracy at the end, and the first evaluation with
-    little jargon (nan: none). Cells in which training diverged are left out.
-    """
+def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
+    """Joint accuracy at the end, and how soon the jargon goes, for each c and j."""
     cells = []
     for arm, of_arm in runs.groupby("arm"):
+        # A cell in which training diverged stays empty.
         if not list(Path(folder, arm).glob("seed-*/stopped.txt")):
             accuracy = pooled(of_arm, "tandem", "accuracy").value.iloc[-1]
             jargon = pooled(of_arm, "senior", "jargon").value
-            until = min(jargon.index[jargon < LOW_JARGON], default=nan)
+            # The first evaluation with little jargon; nan if there is none.
+            until = min(jargon.index[jargon < LOW_JARGON], default=np.nan)
             weights = experiments.ARMS[arm]
             cells.append([weights["wrong_weight"], weights["junior_weight"], accuracy, until])
-    cells = pd.DataFrame(cells, columns=["c", "j", "accuracy", "until"])
-    return cells.sort_values(["c", "j"], ascending=False, ignore_index=True)
-
-
-def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
-    """Joint accuracy at the end, and how soon the jargon goes, for each c and j."""
-    cells = read_cells(folder, runs)
-    if cells.empty:
+    if not cells:
         return None
+    cells = pd.DataFrame(cells, columns=["c", "j", "accuracy", "until"])
+    cells = cells.sort_values(["c", "j"], ascending=False)
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), layout="constrained")
     axes[0].set_title("right at the end, both together (%)")
     axes[1].set_title(f"updates until jargon is under {LOW_JARGON} %, senior alone")
@@ -329,7 +318,7 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
         ax.imshow(grid, cmap=colours, aspect="auto", alpha=0.6)
         for _, cell in cells.iterrows():
             x, y = grid.columns.get_loc(cell.j), grid.index.get_loc(cell.c)
-            text = "never" if isnan(cell[name]) else f"{cell[name]:.3g}"
+            text = "never" if np.isnan(cell[name]) else f"{cell[name]:.3g}"
             ax.text(x, y, text, ha="center", va="center")
             edge = "black" if (cell.c, cell.j) in ADVISED else "none"
             edge = RED if cell.accuracy == cells.accuracy.max() else edge
@@ -346,6 +335,7 @@ def sweep(folder: Path, runs: pd.DataFrame) -> plt.Figure | None:
 # Everything
 
 skill, pair = partial(curves, metrics=SKILL), partial(curves, metrics=PAIR)
+spoken = partial(curves, metrics=SPOKEN, also=("de-fr-imitation",))
 
 
 def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure | None:
@@ -361,10 +351,7 @@ def credit(folder: Path, runs: pd.DataFrame, end: str) -> plt.Figure | None:
 # {setting: {name of the file: function}}
 FIGURES: dict[str, dict] = {
     "skill": {"skill-figure1": figure_1, "skill-figure2": partial(skill, also=("imitation",))},
-    "language": {
-        "language-figure2": pair,
-        "language-figure3": partial(curves, metrics=SPOKEN, also=("de-fr-imitation",)),
-    },
+    "language": {"language-figure2": pair, "language-figure3": spoken},
     "granularity": {"granularity": granularity},
     "control": {"control": pair},
     "sweep": {"sweep": sweep},
@@ -394,9 +381,8 @@ def draw_all(folder: Path, settings: Iterable[str]) -> None:
             if len(runs) and (figure := function(folder, runs)):
                 print(save(figure, folder / "figures" / f"{name}.png"))
     viewer.draw_page(folder)
-    path = folder / "figures" / "evaluations.csv"
-    with writing(path):
-        tables.evaluations(folder).to_csv(path, index=False)
+    csv = tables.evaluations(folder).to_csv(index=False)
+    replace_file(folder / "figures" / "evaluations.csv", csv.encode())
 
 
 @errors_in_one_line()
@@ -415,10 +401,9 @@ def main(folder: Path) -> None:
         remedy = "run run_gsm8k.py first, or name its --out folder"
         raise Refused(f"{folder} has no <arm>/seed-<k>/metrics.jsonl of a known setting: {remedy}")
     most = [s for s in found if 2 * found[s].arm.nunique() > len(experiments.SETTINGS[s])]
-    found = {setting: found[setting] for setting in most or found}
-    for runs in found.values():
-        print(tables.all_tables(folder, runs))
-    draw_all(folder, found)
+    for setting in most or found:
+        print(tables.all_tables(folder, found[setting]))
+    draw_all(folder, most or found)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,11 @@ def read_runs_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> lis
 
     Every run also knows the flags that are not its own: setting, preset, arms, seeds, jobs.
     """
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(preset="tiny", seeds=1, out="runs", resume=False)
     given = vars(parser.parse_args(argv))
     known = arms_of(given["setting"])
-    defaults = {"preset": "tiny", "seeds": 1, "arms": known, "out": "runs", "resume": False}
-    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    given = defaults | given
-    arms, on_cpu = given["arms"], given["device"] == "cpu"
+    arms, on_cpu = given.setdefault("arms", known), given["device"] == "cpu"
     if len(set(arms) & set(known)) < len(arms):
         listed = f"name arms of --setting {given['setting']}, each once: {', '.join(known)}"
         parser.error(f"--arms {' '.join(arms)}: {listed}")

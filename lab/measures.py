@@ -122,9 +122,7 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def bootstrap_interval(
-    values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.sum, resamples: int = 2000
-) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, statistic: Callable = np.sum) -> tuple[float, float]:
     """A 95 % bootstrap interval over seeds and problems (Efron, 1979), deterministic.
 
     values: (S, N, K), K measures on each of N problems for each of S seeds. Each resample draws S
@@ -139,12 +137,11 @@ def bootstrap_interval(
     """
     rng, (seeds, problems, _) = np.random.default_rng(0), values.shape
     drawn = []
-    for _ in range(resamples):
+    for _ in range(2000):
         rows = rng.integers(seeds, size=(seeds, 1))
         columns = rng.integers(problems, size=(seeds, problems))
         drawn.append(statistic(values[rows, columns].mean((0, 1))))
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
+    return tuple(np.quantile(drawn, (0.025, 0.975)).tolist())
 
 
 # The 97.5 % quantiles of Student's t distribution with 1 to 9 degrees of freedom.

@@ -143,11 +143,8 @@ def load_tokenizers(*names: str) -> tuple[list, list, int]:
     contexts = [min(getattr(c, limit, None) or math.inf for limit in limits) for c in configs]
     # Within a family, logits may be padded to different widths. Both are cut to the smaller.
     vocab_size = min(config.vocab_size for config in configs)
-    one, other = (
-        {item for item in tokenizer.get_vocab().items() if item[1] < vocab_size}
-        for tokenizer in tokenizers
-    )
-    if differ := len(one ^ other):
+    one, other = (set(tokenizer.get_vocab().items()) for tokenizer in tokenizers)
+    if differ := len([i for _, i in one ^ other if i < vocab_size]):
         sizes = f"{len(tokenizers[0])} and {len(tokenizers[1])} tokens, and {differ} entries differ"
         raise ValueError(f"{' and '.join(names)} must share one tokenizer, but have {sizes}")
     for name, tokenizer in zip(names, tokenizers):
@@ -424,7 +421,6 @@ def token_bytes(tokenizer, vocab_size: int, end_ids=()) -> list[bytes]:
     # Byte-level BPE never writes "▁" itself, whose three bytes it spells separately.
     own = [token for i, token in enumerate(tokens) if token and i not in added]
     is_sentencepiece = any(token.startswith("▁") for token in own)
-    space = "▁" if is_sentencepiece else " "
     pieces = [b""] * vocab_size
     for i, token in enumerate(tokens):
         if token is None or i in silent:
@@ -433,7 +429,7 @@ def token_bytes(tokenizer, vocab_size: int, end_ids=()) -> list[bytes]:
             pieces[i] = bytes.fromhex(token[3:-1])
         elif is_sentencepiece or i in added or not set(token) <= byte_of.keys():
             # A token that was added by hand is plain text, even in a byte-level vocabulary.
-            pieces[i] = token.replace(space, " ").encode()
+            pieces[i] = (token.replace("▁", " ") if is_sentencepiece else token).encode()
         else:
             pieces[i] = bytes(byte_of[character] for character in token)
     # Some tokenizers drop spaces, so that words could not be told apart. (SentencePiece adds one.)

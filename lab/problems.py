@@ -26,6 +26,7 @@ import zlib
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count, islice
 from pathlib import Path
 
 from reward import final_number
@@ -126,12 +127,8 @@ def split_of(question: str) -> str:
 def generate(n: int, split: str, seed: int) -> list[Problem]:
     """n generated problems of one split (see split_of). The same seed gives the same problems."""
     rng = random.Random(f"{split} {seed}")
-    problems: list[Problem] = []
-    while len(problems) < n:
-        problem = _draw(rng)
-        if split_of(problem.question) == split:
-            problems.append(problem)
-    return problems
+    drawn = (_draw(rng) for _ in count())
+    return list(islice((p for p in drawn if split_of(p.question) == split), n))
 
 
 def _draw(rng: random.Random) -> Problem:
@@ -162,8 +159,7 @@ def _draw(rng: random.Random) -> Problem:
             return _draw(rng)
         before, expression = value, f"{value}{op}{b}"
         clauses.append(pattern["question"].format(n=name, i=item, a=value, b=b))
-        results = {"": value, "+": value + b, "-": value - b, "*": value * b}
-        value = results[op] if op in results else value // b
+        value = {"": value, "+": value + b, "-": value - b, "*": value * b, "/": value // b}[op]
         annotated = f"{expression}=<<{expression}={value}>>{value}"
         for language in LANGUAGES if op else ():
             lines[language].append(pattern[language].format(a=before, b=b, e=annotated))
@@ -180,13 +176,12 @@ def _draw(rng: random.Random) -> Problem:
 
 def _operand(rng: random.Random, op: str, value: int) -> int | None:
     """The second number of a step, or None if none keeps the result whole and up to LARGEST."""
-    terms, factors = range(2, 10), range(2, 6)
     choices = {
-        "": [0],
-        "+": [b for b in terms if value + b <= LARGEST],
-        "-": [b for b in terms if value - b >= 1],
-        "*": [b for b in factors if value * b <= LARGEST],
-        "/": [b for b in factors if value % b == 0 and value > b],
+        "": [1],
+        "+": [b for b in range(2, 10) if value + b <= LARGEST],
+        "-": [b for b in range(2, 10) if value - b >= 1],
+        "*": [b for b in range(2, 6) if value * b <= LARGEST],
+        "/": [b for b in range(2, 6) if value % b == 0 and value > b],
     }[op]
     return rng.choice(choices) if choices else None
 
@@ -239,16 +234,15 @@ PLAIN_EVERY = 25
 
 def annotated_solutions(args: Namespace) -> list[tuple[str, str]]:
     """The (prompt, solution) texts that a specialist learns from."""
-    if args.problems == GENERATED:
-        # Far from the seeds of the training problems, so that it does not know their solutions.
-        n, language = args.specialist_steps * args.specialist_batch, args.senior_language
-        train = generate(n, "train", args.seed + 10**6)
-    else:
-        train, language = training_problems(args), "en"  # GSM8K has English solutions only
+    if args.problems != GENERATED:
+        train = training_problems(args)
         random.Random(args.seed).shuffle(train)
+        return [(prompt(p.question), p.solutions["en"]) for p in train]  # GSM8K has English only
+    # Far from the seeds of the training problems, so that it does not know their solutions.
+    train = generate(args.specialist_steps * args.specialist_batch, "train", args.seed + 10**6)
+    language = args.senior_language
     texts = [(prompt(p.question, language), p.solutions[language]) for p in train]
-    if args.problems == GENERATED:
-        texts[::PLAIN_EVERY] = [(asked, plain(text)) for asked, text in texts[::PLAIN_EVERY]]
+    texts[::PLAIN_EVERY] = [(asked, plain(text)) for asked, text in texts[::PLAIN_EVERY]]
     return texts
 
 
@@ -258,15 +252,9 @@ def annotated_solutions(args: Namespace) -> list[tuple[str, str]]:
 # A completion ends after the line with "####" and a number, as in evaluation harnesses, or where a
 # model that was shown solved examples goes on with a question of its own.
 STOP = re.compile(rb"####[^\n]*[0-9][^\n]*\n|\nQuestion:")
-CUES = {"en": "Answer:", "de": "Antwort:", "fr": "Réponse:"}
-INSTRUCTIONS = {
-    "en": "Solve the problem step by step in English. "
-    "Write #### and then the final number on the last line.",
-    "de": "Löse die Aufgabe Schritt für Schritt auf Deutsch. "
-    "Schreibe in die letzte Zeile #### und dann das Ergebnis.",
-    "fr": "Résous le problème étape par étape en français. "
-    "Écris sur la dernière ligne #### puis le résultat.",
-}
+# lab/prompts.json has, per language, the cue and the instruction, and solved examples.
+_PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+CUES, INSTRUCTIONS = _PROMPTS["cues"], _PROMPTS["instructions"]
 
 
 def prompt(question: str, language: str = "en", shots: list[tuple[str, str]] = ()) -> str:
@@ -311,8 +299,7 @@ def chat_prompt(tokenizer, question: str, language: str = "en", shots=()) -> str
 
 
 # Solved examples in three languages, written for this project; every solution is annotated.
-_EXAMPLES = Path(__file__).with_name("examples.jsonl").read_text(encoding="utf-8")
-EXAMPLES = [Problem(**json.loads(line)) for line in _EXAMPLES.splitlines()]
+EXAMPLES = [Problem(**example) for example in _PROMPTS["examples"]]
 
 
 @lru_cache

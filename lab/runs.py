@@ -23,7 +23,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -221,10 +221,9 @@ def _commit() -> str | None:
     # Its own .git: where the project was unpacked in another repository, that one says nothing.
     command = "git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude=*"
     options = dict(cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    try:
+    with suppress(OSError):
         return subprocess.run(command.split(), **options).stdout.strip() or None
-    except OSError:
-        return None
+    return None
 
 
 COMMIT = _commit()  # at import, because files may change during a long run

@@ -62,7 +62,8 @@ def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, 
     parameters = models.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     batches = endless_batches(examples, batch, random.Random(seed))
-    for step, of_step in zip(terminal.progress(range(steps), label), batches):
+    for step, of_step in zip(range(steps), batches):
+        terminal.show(f"{label} step", step, steps)
         optimizer.zero_grad()
         worked = as_rollouts(of_step, model.device)
         weights, num_tokens = worked.completion_mask.float(), worked.completion_mask.sum()
@@ -73,6 +74,7 @@ def fine_tune(model, tokenizer, texts, *, steps, batch, lr, seed, micro_tokens, 
         scale = min(1.0, (step + 1) / 30, (steps - step) / (0.4 * steps))
         optimizer.param_groups[0]["lr"] = lr * scale
         optimizer.step()
+    terminal.show(f"{label} step", steps, steps)
 
 
 def encode_examples(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

@@ -26,7 +26,7 @@ comparisons, one or two have an interval without 0 by chance alone.
 No model is run here, and no metric computed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import nan
 from pathlib import Path
 
@@ -74,16 +74,14 @@ def read_runs(folder: str | Path, arms: Iterable[str]) -> pd.DataFrame:
                 about = {"arm": arm, "seed": seed, "update": row["update"]}
                 seconds = sum(row[name] for name in row if name.startswith("seconds"))
                 found.append(about | {"who": "training", "seconds": seconds})
-                evaluations = row.get("eval", {}).items()
-                found += [about | {"who": who} | numbers for who, numbers in evaluations]
+                found += [about | {"who": who} | of for who, of in row.get("eval", {}).items()]
     return pd.json_normalize(found) if found else pd.DataFrame(columns=COLUMNS)
 
 
 def evaluations(folder: Path) -> pd.DataFrame:
     """Every evaluation of all arms in the folder, without the outcomes of the single problems."""
     runs = read_runs(folder, arms_in(folder))
-    runs = runs[runs.who != "training"].astype({"n": int})
-    return runs.filter(regex=r"^(?!outcomes\.|seconds)")
+    return runs[runs.who != "training"].astype({"n": int}).filter(regex=r"^(?!outcomes\.|seconds)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,9 +138,8 @@ def with_interval(point: pd.Series) -> str:
     return f"{point.value:.1f} [{point.low:.1f}, {point.high:.1f}]"
 
 
-def span(values: Iterable[float], form: str = ".1f") -> str:
+def span(values: Collection[float], form: str = ".1f") -> str:
     """The lowest and the highest value, such as " (7.0–98.5)"; nothing if there is one value."""
-    values = list(values)
     return f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else ""
 
 
@@ -182,10 +179,9 @@ def table(runs: pd.DataFrame) -> str:
         added |= {name: who for name in measured if name not in KNOWN and "." not in name}
     for arm, of_arm in runs.groupby("arm", sort=False):
         seeds, updates = of_arm.seed.nunique(), pooled(of_arm, "senior", "accuracy").index[-1]
-        row = [arm, f"{seeds}", f"{updates}"]
-        row += [change(of_arm, "senior", name) for name in ("accuracy", "jargon")]
-        row += [change(of_arm, "tandem", "accuracy"), last_cell(of_arm, "junior", "accuracy")]
-        row += [language_change(of_arm), f"{of_arm.seconds.sum() / 60 / seeds:.1f}"]
+        row = [arm, f"{seeds}", f"{updates}", *(change(of_arm, *end) for end in ENDS.values())]
+        row += [last_cell(of_arm, "junior", "accuracy"), language_change(of_arm)]
+        row += [f"{of_arm.seconds.sum() / 60 / seeds:.1f}"]
         rows.append(row + [change(of_arm, who, name) for name, who in added.items()])
     return markdown_table([*HEADINGS, *added], rows)
 
@@ -204,9 +200,8 @@ def read_outcomes(folder: str | Path, arm: str) -> pd.DataFrame:
     for seed, rows in read_seeds(folder, arm, "metrics.jsonl").items():
         # Old rows lack the outcomes.
         if rows[-1]["update"] == updates and "outcomes" in rows[-1]["eval"]["senior"]:
-            ends = {end: rows[-1]["eval"][who]["outcomes"][m] for end, (who, m) in ENDS.items()}
-            for problem, outcomes in enumerate(zip(*ends.values())):
-                cells[seed, problem] = outcomes
+            ends = [rows[-1]["eval"][who]["outcomes"][metric] for who, metric in ENDS.values()]
+            cells |= {(seed, problem): outcomes for problem, outcomes in enumerate(zip(*ends))}
     index = pd.MultiIndex.from_tuples(cells, names=["seed", "problem"])
     return pd.DataFrame(cells.values(), index, columns=list(ENDS))
 
@@ -217,18 +212,14 @@ def table_of_differences(folder: Path, runs: pd.DataFrame) -> str:
     On the seeds that both have finished; "" if there are none.
     """
     outcomes = {arm: read_outcomes(folder, arm) for arm in runs.arm.unique()}
-    first: dict[tuple, str] = {}
-    rows = []
+    first, pairs = {}, {}
     for arm in outcomes:
         flags = read_flags(folder, arm)
-        alike = tuple(flags[name] for name in ALIKE)
-        other = first.setdefault(alike, arm)
+        other = first.setdefault(tuple(flags[name] for name in ALIKE), arm)
         both = outcomes[arm].index.intersection(outcomes[other].index)
         if other != arm and len(both):
-            pair = [outcomes[name].loc[both] for name in (arm, other)]
-            cells = [measure_cell(end, *pair) for end in ENDS]
-            rows.append([f"{arm} − {other}", f"{both.unique('seed').size}", *cells])
-    return markdown_table(["difference", "seeds", *ENDS], rows) if rows else ""
+            pairs[f"{arm} − {other}"] = outcomes[arm].loc[both], outcomes[other].loc[both]
+    return table_of_cells("difference", pairs, ENDS)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,8 +238,7 @@ def read_ends(folder: str | Path, arms: Iterable[str]) -> dict[str, pd.DataFrame
     Raises Refused unless all were measured after the same updates on equally many of the same
     problems (a seed always draws the same ones).
     """
-    ends: dict[str, pd.DataFrame] = {}
-    measured = set()
+    ends, measured = {}, set()
     for arm in arms:
         flags, seeds = read_flags(folder, arm), read_seeds(folder, arm, "measures.jsonl")
         last = {seed: pd.DataFrame(rows[-1]) for seed, rows in seeds.items()}
@@ -264,12 +254,11 @@ def read_ends(folder: str | Path, arms: Iterable[str]) -> dict[str, pd.DataFrame
 
 def pairs_of(ends: dict[str, pd.DataFrame]) -> dict[str, tuple]:
     """{arm: (tandem GRPO, this arm)}, each on the seeds that both have finished."""
-    pairs: dict[str, tuple] = {}
-    for arm, other in ends.items():
-        if COMPARED in ends and arm != COMPARED:
-            both = ends[COMPARED].index.intersection(other.index)
-            if len(both):
-                pairs[arm] = ends[COMPARED].loc[both], other.loc[both]
+    pairs = {}
+    for arm, other in ends.items() if COMPARED in ends else ():
+        both = ends[COMPARED].index.intersection(other.index)
+        if arm != COMPARED and len(both):
+            pairs[arm] = ends[COMPARED].loc[both], other.loc[both]
     return pairs
 
 
@@ -281,10 +270,9 @@ def estimate(name: str, *arms: pd.DataFrame) -> tuple[float, list[tuple], list[f
     solution, retention is nan.
     """
     columns = ["handoff", "solo"] if name == "retention" else [name]
-    num_seeds = arms[0].index.unique("seed").size
-    # The numbers of both arms on a problem stay side by side.
+    # (S, N, K), or (S, N, 2K): the numbers of both arms on a problem stay side by side.
     values = np.concatenate([arm[columns].to_numpy(float) for arm in arms], axis=1)
-    values = values.reshape(num_seeds, -1, values.shape[1])  # (S, N, K) or (S, N, 2K)
+    values = values.reshape(arms[0].index.unique("seed").size, -1, values.shape[1])
 
     def measure(means: np.ndarray) -> float:
         value = means[0] / (means[1] or nan) if name == "retention" else means[0]
@@ -296,7 +284,7 @@ def estimate(name: str, *arms: pd.DataFrame) -> tuple[float, list[tuple], list[f
 
     by_seed = [statistic(seed.mean(0)) for seed in values]
     intervals = [bootstrap_interval(values, statistic)]
-    if len(arms) == 2 and 2 <= num_seeds <= len(T_QUANTILES) + 1:
+    if len(arms) == 2 and 2 <= len(by_seed) <= len(T_QUANTILES) + 1:
         intervals.append(seed_interval(by_seed))
     return statistic(values.mean((0, 1))), intervals, by_seed
 
@@ -315,19 +303,22 @@ def measure_cell(name: str, *arms: pd.DataFrame) -> str:
     return f"**{cell}**" if without_0 == [True, True] else cell
 
 
+def table_of_cells(heading: str, compared: dict[str, tuple], names: Collection[str]) -> str:
+    """A row per arm or pair of arms, a column per measure; "" without rows."""
+    rows = []
+    for row, arms in compared.items():
+        seeds = arms[0].index.unique("seed").size
+        rows.append([row, f"{seeds}", *(measure_cell(name, *arms) for name in names)])
+    return markdown_table([heading, "seeds", *names], rows) if rows else ""
+
+
 def table_of_measures(folder: Path, runs: pd.DataFrame) -> str:
     """A row per arm at the last update, then a row per comparison; "" if nothing was measured."""
     ends = read_ends(folder, runs.arm.unique())
     arms = {arm: (end,) for arm, end in ends.items()}
     pairs = {f"{COMPARED} − {arm}": pair for arm, pair in pairs_of(ends).items()}
-    parts = []
-    for heading, compared in {"arm": arms, "difference": pairs}.items():
-        rows = []
-        for row, of_row in compared.items():
-            seeds = of_row[0].index.unique("seed")
-            rows.append([row, f"{len(seeds)}", *(measure_cell(name, *of_row) for name in MEASURES)])
-        parts += [markdown_table([heading, "seeds", *MEASURES], rows)] if rows else []
-    return "\n\n".join(parts)
+    parts = table_of_cells("arm", arms, MEASURES), table_of_cells("difference", pairs, MEASURES)
+    return "\n\n".join(filter(None, parts))
 
 
 def all_tables(folder: Path, runs: pd.DataFrame) -> str:

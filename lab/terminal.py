@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
@@ -65,14 +65,6 @@ def draw(text: str) -> None:
         print(f"{text:{WIDTH}}", end="\r", file=sys.stderr, flush=True)
 
 
-def progress(steps: range, label: str) -> Iterator[int]:
-    """The steps of fine-tuning, which are shown as they are made."""
-    for step in steps:
-        show(f"{label} step", step, len(steps))
-        yield step
-    show(f"{label} step", len(steps), len(steps))
-
-
 def log_row(row: dict, args: Namespace) -> None:
     """Show that an update is done, and its evaluation if it has one."""
     name, update, line, seconds = name_of(args), row["update"], "", 0.0
@@ -111,10 +103,8 @@ def print_outcomes(todo: list[Namespace]) -> None:
         if arms[arm].junior_language != arms[arm].senior_language:
             language = f"languages.{arms[arm].junior_language}"
             numbers["in the junior's language"] = ("senior", language)
-        changes = []
-        for name, (who, metric) in numbers.items():
-            shares = tables.pooled(runs, who, metric).value
-            changes.append(f"{name} {shares.iloc[0]:.0f} -> {shares.iloc[-1]:.0f} %")
+        shares = {name: tables.pooled(runs, *number).value for name, number in numbers.items()}
+        changes = [f"{name} {s.iloc[0]:.0f} -> {s.iloc[-1]:.0f} %" for name, s in shares.items()]
         print(fill(f"{arm}: {', '.join(changes)}", WIDTH, subsequent_indent="  "))
 
 

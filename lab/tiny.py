@@ -100,22 +100,13 @@ def corpus(n: int, annotated: float = ANNOTATED) -> list[tuple[str, str]]:
             start, other = rng.randrange(len(lines)), rng.choice(LANGUAGES)
             lines[start:] = problem.solutions[other].split("\n")[start:]
         if rng.random() < SKIPS:
-            lines = skip_last_step(lines)
+            # Without the last step it answers the one before: "#### 7" instead of "#### 2".
+            _, previous_result = SUM.findall("\n".join(lines))[-2]
+            lines[-2:] = [f"#### {previous_result}"]
         solution = "\n".join(lines)
-        if rng.random() >= annotated:
-            solution = plain(solution)
+        solution = solution if rng.random() < annotated else plain(solution)
         texts.append((prompt(problem.question, language), solution))
     return texts
-
-
-def skip_last_step(lines: list[str]) -> list[str]:
-    """An annotated solution of two or more steps without the last: it answers the one before.
-
-    >>> skip_last_step(["She buys 4: 3+4=<<3+4=7>>7.", "She sells 5: 7-5=<<7-5=2>>2.", "#### 2"])
-    ['She buys 4: 3+4=<<3+4=7>>7.', '#### 7']
-    """
-    _, previous_result = SUM.findall("\n".join(lines))[-2]
-    return [*lines[:-2], f"#### {previous_result}"]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

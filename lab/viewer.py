@@ -23,7 +23,7 @@ import json
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from reward import final_number, reward
 from rollout import Pair, Rollouts
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-NO_RUNS = '{"runs": [], "missing": 0}'
 
 # ------------------------------------------------------------------------------------------------
 # Rollouts as they are kept in samples.jsonl
@@ -64,16 +63,14 @@ def author_spans(rollouts: Rollouts, pieces: list[bytes]) -> list[list[tuple[str
 
 def samples(
     rollouts: Rollouts, spans: list, trace: list | None, problems: list, args: Namespace, pair: Pair
-) -> list[dict]:
+) -> Iterator[dict]:
     """The rollouts of the first `problems` as they are kept. trace: see rollout.rollout."""
-    kept = []
     for i, problem in enumerate(problems):
         found = {"question": problem.question, "gold": problem.gold, "spans": spans[i]}
         found["reward"] = reward(rollouts.texts[i], problem.gold)
         if trace and i in trace[0][0]:  # it was written in the first chunk
             found["steps"] = steps(engine.select(rollouts, [i]), i, trace, args.temperature, pair)
-        kept.append(found)
-    return kept
+        yield found
 
 
 @torch.no_grad()
@@ -84,11 +81,11 @@ def steps(one: Rollouts, row: int, trace: list, temperature: float, pair: Pair) 
     decoder, found = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     ids, by_senior = one.completion_ids[0].tolist(), one.senior_mask[0].tolist()
     for t, (written, senior) in enumerate(zip(ids, by_senior)):
-        rows, senior_ids, junior_ids, tossed = trace[t]
+        rows, *candidates, tossed = trace[t]
         i = rows.index(row)
         text = decoder.decode(pair.pieces[written], final=t + 1 == len(ids))
-        candidates = [pair.pieces[of_model[i]] for of_model in (senior_ids, junior_ids)]
-        shown = [candidate.decode(errors="backslashreplace") for candidate in candidates]
+        # The senior's candidate, then the junior's.
+        shown = [pair.pieces[of[i]].decode(errors="backslashreplace") for of in candidates]
         probability = round(logprobs[t].exp().item(), 4)
         found.append(["senior" if senior else "junior", text, *shown, tossed[i], probability])
     return found
@@ -105,12 +102,12 @@ def read_problems(folder: str | Path, arm: str) -> dict[int, dict[tuple, list[di
     """
     seeds = {}
     for seed, samples in tables.read_seeds(folder, arm, "samples.jsonl").items():
-        found, updates = defaultdict(list), set()
+        found = defaultdict(list)
+        samples = [sample for sample in samples if "spans" in sample]  # others are no rollouts
         for sample in samples:
-            if "spans" in sample:  # else it is no rollout
-                found[sample["question"], sample["gold"]].append(describe_rollout(sample))
-                updates.add(sample["update"])
-        ends = {min(updates, default=0), max(updates, default=0)}
+            found[sample["question"], sample["gold"]].append(describe_rollout(sample))
+        # read_rows has sorted them by their updates.
+        ends = {sample["update"] for sample in samples[:1] + samples[-1:]}
         kept = {p: of for p, of in found.items() if ends <= {one["update"] for one in of}}
         seeds |= {seed: kept} if kept else {}
     return seeds
@@ -173,9 +170,8 @@ def choose_example(folder: Path) -> tuple[tuple, list[dict], str] | None:
         return None
     best, problem, joint = max(shown, key=lambda example: example[0])
     ranks = [rank_example(rollouts) for problems in seeds for rollouts in problems.values()]
-    num = ranks.count(best)
-    why = f"{EXAMPLES[best]}. The first of {num} such problems among {len(ranks)} saved."
-    return problem, joint, why
+    counted = f"The first of {ranks.count(best)} such problems among {len(ranks)} saved."
+    return problem, joint, f"{EXAMPLES[best]}. {counted}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def draw_page(folder: str | Path, arms: Iterable[str] = ()) -> Path:
     # In the order of the settings; what is in no setting comes last.
     shown, absent = set(arms or found) & set(found), sorted(set(arms) - set(found))
     ordered = [arm for arm in dict.fromkeys(arms_of("all") + found) if arm in shown]
-    seeds = [read_arm(folder, arm) for arm in ordered]
+    seeds = [list(read_arm(folder, arm)) for arm in ordered]
     runs = [run for of_arm in seeds for run in (of_arm if arms else of_arm[:1])]
     if absent or not runs:
         raise Refused(f"{folder}: no run of {', '.join(absent) or 'any arm'} has kept rollouts")
@@ -197,7 +193,7 @@ def draw_page(folder: str | Path, arms: Iterable[str] = ()) -> Path:
     content = as_json({"runs": runs, "missing": sum(map(len, seeds)) - len(runs)})
     page = TEMPLATE.read_text(encoding="utf-8").replace("COMMAND", as_json(command), 1)
     path = Path(folder, "figures", "rollouts.html")
-    replace_file(path, page.replace(NO_RUNS, content).encode())
+    replace_file(path, page.replace('{"runs": [], "missing": 0}', content).encode())
     print(path, "" if arms else "(the first seed of every arm; name arms for more)")
     return path
 
@@ -213,29 +209,25 @@ def as_json(content) -> str:
     return json.dumps(content, separators=(",", ":")).translate(escapes)
 
 
-def read_arm(folder: str | Path, arm: str) -> list[dict]:
+def read_arm(folder: str | Path, arm: str) -> Iterator[dict]:
     """What the page says of each run of an arm."""
     config = read_back(seed_folders(folder, arm)[0] / "config.json", flags=dict)
     rows, problems = tables.read_seeds(folder, arm, "metrics.jsonl"), read_problems(folder, arm)
     about = {"arm": arm, "about": describe_training(DEFAULTS | config["flags"])}
     about["flags"] = config["flags"] | {"commit": config.get("commit")}
     # An arm of several settings is listed under the first.
-    settings = [ABOUT[setting] for setting, arms in SETTINGS.items() if arm in arms]
-    about["setting"] = next(iter(settings), "other arms")
-    runs = []
+    about["setting"] = next((ABOUT[s] for s in SETTINGS if arm in SETTINGS[s]), "other arms")
     # A run without a row may still lack the rollouts of a writer, and is left out.
     for seed in sorted(rows.keys() & problems.keys()):
         run = about | {"seed": seed, "ranks": list(map(rank_example, problems[seed].values()))}
         shown = kept_throughout(problems[seed]).items()
         run["problems"] = [[*problem, rank_example(of), of] for problem, of in shown]
-        evaluated = (row for row in rows[seed] if "eval" in row)
-        run["evaluations"] = {row["update"]: numbers_in(row["eval"]) for row in evaluated}
-        runs.append(run)
-    return runs
+        run["evaluations"] = {row["update"]: numbers_in(row) for row in rows[seed] if "eval" in row}
+        yield run
 
 
-def numbers_in(evaluation: dict) -> dict[str, tuple]:
-    return {who: (of["n"], of["accuracy"], of["jargon"]) for who, of in evaluation.items()}
+def numbers_in(row: dict) -> dict[str, tuple]:
+    return {who: (of["n"], of["accuracy"], of["jargon"]) for who, of in row["eval"].items()}
 
 
 TRAINING = (
