@@ -25,7 +25,8 @@ STATED = {
 tiny tandem senior jargon 0 | qwen tandem senior jargon 0 | tiny tandem senior jargon 20
 qwen tandem senior jargon 10 | tiny imitation senior jargon 20 | qwen imitation senior jargon 10
 tiny solo senior jargon 20 | qwen solo senior jargon 10 | tiny reinforce-j0 senior jargon 80
-qwen/grpo grpo-tandem senior jargon 20 | controls reinforce-j0-shuffled senior jargon 80
+qwen/grpo grpo-tandem senior jargon 20 | tiny grpo-solo senior jargon 80
+qwen/grpo grpo-solo senior jargon 20 | controls reinforce-j0-shuffled senior jargon 80
 qwen imitation senior jargon 5 | qwen tandem senior accuracy 0
 qwen tandem senior accuracy 20 | qwen tandem junior accuracy 0
 qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
@@ -38,7 +39,8 @@ tiny imitation senior accuracy 28 | tiny solo senior accuracy 28""",
 qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senior accuracy 0
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
 qwen/languages de-fr-tandem senior languages.fr 6
-qwen/grpo grpo-tandem senior jargon 20 | tiny tandem senior jargon 12
+qwen/grpo grpo-tandem senior jargon 20 | qwen/grpo grpo-solo senior jargon 20
+tiny tandem senior jargon 12
 tiny tandem senior jargon 0 | tiny tandem senior accuracy 0 | tiny tandem junior accuracy 0
 tiny tandem tandem accuracy 0 | controls reinforce-j1 senior accuracy 0
 controls de-fr-reinforce-j1 senior accuracy 0
