@@ -11,18 +11,16 @@ import json
 import sys
 import tempfile
 import warnings
-from argparse import Namespace
 
 import lab  # noqa: F401  before torch: it sets how threads wait
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lab.engine import micro_batches
-from lab.experiments import DEFAULTS
-from lab.models import encode, lora_layers, load_pair, trainable_parameters
+from lab.models import encode
 from reinforce import loss, plain_logprobs, token_weights
 from rollout import reference_rollout, random_numbers, rollout
-from tests.conftest import byte_level_tokenizer
+from tests.conftest import byte_level_tokenizer, fill_adapter, gradient_of, load, with_authors
 
 TYPES = """llama gpt2 mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox gptj opt bloom
 falcon mpt codegen stablelm starcoder2 olmo olmo2 olmo3 cohere cohere2 granite mixtral qwen2_moe
@@ -59,30 +57,24 @@ def judge(kind: str, tokenizer: PreTrainedTokenizerFast) -> str:
     with tempfile.TemporaryDirectory() as folder:
         save_tiny(kind, tokenizer, folder)
         try:
-            flags = {"senior": folder, "junior": folder, "device": "cpu", "bfloat16": False}
-            pair = load_pair(Namespace(**DEFAULTS | flags))
+            pair = load(folder, rank=16)
         except ValueError as error:
             return f"refused: {str(error).replace(folder, kind)}"
-    for layer in lora_layers(pair.senior):
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    fill_adapter(pair.senior, std=0.2)
     prompts = encode(tokenizer, ["In", "Natalia sold 48", "She sold half"])
     noise, coins = random_numbers(3, 12, seed=0)
     rollouts = rollout(pair, prompts, prompts, noise, coins)
     for row, prompt in enumerate(prompts):
         # Without cache and padding, one rollout at a time.
         alone = reference_rollout(pair, prompt, prompt, noise[:, :, row], coins[:, row], 0.5, 0.7)
-        real = rollouts.completion_mask[row].bool()
-        authors = ["senior" if s else "junior" for s in rollouts.senior_mask[row][real]]
-        if list(zip(rollouts.completion_ids[row][real].tolist(), authors)) != alone:
+        if with_authors(rollouts)[row] != alone:
             return "WRONG: rollouts differ from plain forward passes"
     weights = token_weights(rollouts, torch.ones(3), 1.0)
     num_tokens = rollouts.completion_mask.sum()
     ((few, w),) = micro_batches(rollouts, weights, 10**6)
     fast = loss(pair.senior, few, w, num_tokens, temperature=0.7)[0]
     plain = -(weights * plain_logprobs(pair.senior, rollouts, 0.7)).sum() / num_tokens
-    own = trainable_parameters(pair.senior)
-    parts = [torch.autograd.grad(value, own, materialize_grads=True) for value in (fast, plain)]
-    ours, exact = (torch.cat([part.flatten() for part in of_loss]) for of_loss in parts)
+    ours, exact = (gradient_of(x, pair.senior, materialize_grads=True) for x in (fast, plain))
     difference = (ours - exact).norm() / exact.norm()
     return "right" if difference < 1e-3 else f"WRONG: gradients differ by {difference:.1e}"
 

@@ -2,18 +2,20 @@
 
 # ruff: noqa: I001  the order of these imports matters
 import os
+from argparse import Namespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test waits for a network
 
 import lab  # noqa: F401  before torch: it sets how threads wait
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast
 
-from lab.models import SharedJunior, add_adapter, token_bytes
+from lab.experiments import DEFAULTS
+from lab.models import SharedJunior, add_adapter, load_pair, lora_layers, token_bytes
+from lab.models import trainable_parameters
 from rollout import Pair, Rollouts, random_numbers, rollout
 
 torch.set_num_threads(1)  # models this small gain nothing from more threads
@@ -53,12 +55,11 @@ def sentencepiece():
 COMMON = dict(initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
-def llama(vocab_size: int, seed: int, dtype=torch.float32, **changed):
+def llama(vocab_size: int, seed: int, dtype=torch.float32):
     torch.manual_seed(seed)
     # 64 is the smallest width that 4-bit blocks fit.
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(vocab_size=vocab_size, max_position_embeddings=1024) | changed
-    config = LlamaConfig(**sizes, **COMMON)
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=1024, **sizes, **COMMON)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -86,6 +87,25 @@ def base_folder(tokenizer, tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
+def load(senior, junior=None, **changes) -> Pair:
+    """The pair of these checkpoints; without the second, both are the first."""
+    flags = {"senior": str(senior), "junior": str(junior or senior), "device": "cpu"}
+    flags |= {"rank": 4, "bfloat16": False} | changes
+    return load_pair(Namespace(**DEFAULTS | flags))
+
+
+def fill_adapter(senior, std: float) -> None:
+    """An adapter that does something: B is zero at the start."""
+    for layer in lora_layers(senior):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=std)
+
+
+def gradient_of(value, model, **options) -> torch.Tensor:
+    """With respect to all parameters that are trained, as one vector."""
+    gradients = torch.autograd.grad(value, trainable_parameters(model), **options)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def make_pair(senior, junior, tokenizer, end_ids=(1,), both=None) -> Pair:
     """Two models over the tokenizer's vocabulary, as rollout.py takes them."""
     pieces = token_bytes(tokenizer, len(tokenizer))
@@ -95,9 +115,7 @@ def make_pair(senior, junior, tokenizer, end_ids=(1,), both=None) -> Pair:
 def shared_pair(make_model, tokenizer) -> Pair:
     """A senior with a random adapter; the junior is its base, and one pass serves both."""
     senior = add_adapter(make_model(len(tokenizer), 0), rank=4).double()
-    for layer in senior.modules():
-        if isinstance(layer, LoraLayer):
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    fill_adapter(senior, std=0.3)
     junior, ends = SharedJunior(senior), range(1, len(tokenizer), 8)
     return make_pair(senior, junior, tokenizer, ends, junior.beside_senior)
 
@@ -114,6 +132,18 @@ def rollouts_of(ids, by_senior, mask=None, texts=None) -> Rollouts:
     ones = torch.ones_like(ids)
     mask = ones if mask is None else torch.as_tensor(mask)
     return Rollouts(ones, ones, ones, ones, ids, mask, by_senior, texts or [""] * len(ids))
+
+
+def real(rollouts, name="completion_ids") -> list[list[int]]:
+    """Every row of a field without its padding."""
+    mask = getattr(rollouts, name.replace("ids", "mask").replace("senior", "completion")).bool()
+    return [row[kept].tolist() for row, kept in zip(getattr(rollouts, name), mask)]
+
+
+def with_authors(rollouts) -> list[list[tuple[int, str]]]:
+    """Every row as reference_rollout writes it: its (token id, author)."""
+    both, names = zip(real(rollouts), real(rollouts, "senior_mask")), ("junior", "senior")
+    return [[(token, names[by_senior]) for token, by_senior in zip(*row)] for row in both]
 
 
 def ends_with(message: str, program, *args) -> None:

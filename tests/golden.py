@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import conftest  # noqa: F401  no network, and one thread
+from conftest import real  # no network, and one thread
 import hashlib
 import json
 import tempfile
@@ -44,17 +44,14 @@ def machine() -> str:
 def record(setting: str) -> dict[str, list[dict]]:
     """{arm: what every update wrote and learned} of the arms of a setting."""
     found: dict[str, list[dict]] = {}
-    real = run_gsm8k.generate
 
-    def generate(problems, args, pair, p, seed, **more):
+    def generate(problems, args, pair, p, seed, *, original=run_gsm8k.generate, **more):
         if seed >= 10**9:
-            return real(problems, args, pair, p, seed, **more)  # an evaluation
+            return original(problems, args, pair, p, seed, **more)  # an evaluation
         trace: list = []
-        rollouts = real(problems, args, pair, p, seed, **more, trace=trace)
-        columns: dict[str, list] = {"ids": [], "senior": [], "tosses": []}
-        for row, n in enumerate(rollouts.completion_mask.sum(1).tolist()):
-            columns["ids"].append(rollouts.completion_ids[row][:n].tolist())
-            columns["senior"].append(rollouts.senior_mask[row][:n].tolist())
+        rollouts = original(problems, args, pair, p, seed, **more, trace=trace)
+        columns = {"ids": real(rollouts), "senior": real(rollouts, "senior_mask"), "tosses": []}
+        for row, n in enumerate(map(len, columns["ids"])):
             columns["tosses"].append([int(step[3][step[0].index(row)]) for step in trace[:n]])
         data = {name: json.dumps(rows).encode() for name, rows in columns.items()}
         sums = {name: hashlib.sha256(data[name]).hexdigest()[:16] for name in data}

@@ -130,5 +130,4 @@ def main(n: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -136,8 +136,7 @@ def test_rollouts_of_games(models, monkeypatch):
 
 
 def test_the_opener_is_not_trained_on(models):
-    games = new_games(4, seed=3)
-    rollouts, turns, _ = atod.play(models[0], games, 5, opener=models[1], opening_turns=3)
+    rollouts, turns, _ = atod.play(models[0], new_games(4, 3), 5, opener=models[1], opening_turns=3)
     assert turns[turns >= 0].min() == 3
     assert torch.equal(turns >= 0, rollouts.senior_mask.bool())
 
@@ -159,8 +158,7 @@ def test_the_update_of_train(name, models, monkeypatch):
         return played[-1]
 
     # The change of the parameters is then minus the gradient.
-    descend = lambda parameters, **_: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
-    monkeypatch.setattr(torch.optim, "AdamW", descend)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **_: torch.optim.SGD(params, lr=1.0))
     monkeypatch.setattr(atod, "SETTINGS", settings(max_grad_norm=1e9))
     monkeypatch.setattr(atod, "play", play)
     before, scores = copy.deepcopy(student), iter([0.1, 0.9])
@@ -190,7 +188,7 @@ def test_the_update_of_train(name, models, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs of seconds: untrained models instead of warmed-up ones, and none for seed 2."""
-    names = "early", "skilled", "teacher", "states-teacher"
+    widths = {"early": 16, "skilled": 16, "teacher": 24, "states-teacher": 24}
     measures = json.loads((RESULTS / "models" / "seed-0.json").read_text())
     made = []
 
@@ -198,8 +196,7 @@ def quick(monkeypatch):
         made.append(seed)
         if seed == 2:
             raise atod.NotLearned("seed 2 is left out")
-        models = {name: atod.make_model(24 if "teacher" in name else 16, seed) for name in names}
-        states = {name: model.state_dict() for name, model in models.items()}
+        states = {name: atod.make_model(widths[name], seed).state_dict() for name in widths}
         return states, measures | {"seed": seed}
 
     monkeypatch.setattr(atod, "SETTINGS", settings())

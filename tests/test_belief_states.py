@@ -123,8 +123,7 @@ def test_the_world():
     for _ in range(200):
         episode = beliefs.make_episode(rng, rng.randint(2, 9), 1)
         assert state_after(episode.history) == episode.state
-    state = {"in": "in-yard", "lamp": "red-lamp", "door": "red-door"}
-    state |= {"gate": "blue-gate", "pump": "green-pump"}
+    state = state_after("red-lamp red-door blue-gate green-pump go yard")
     assert beliefs.act(state, "look here") == state
     assert beliefs.observe(beliefs.act(state, "go hall")) == "red-lamp red-door"
     assert beliefs.observe(beliefs.act(state, "paint green-door")) == "red-lamp green-door"
@@ -237,8 +236,7 @@ def test_training_changes_what_it_should(name, monkeypatch):
     # Their truth is what is seen after the action.
     truths = [call.args[1] for call in f1.call_args_list][8:40]
     episodes = beliefs.new_episodes(random.Random("train 0"), 2, SMALL)
-    expected = [beliefs.observe(episode.states[0]) for episode in episodes for _ in range(16)]
-    assert truths == expected
+    assert truths == [beliefs.observe(episode.states[0]) for episode in episodes for _ in range(16)]
     assert truths[0] != truths[-1]
 
 

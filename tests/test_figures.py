@@ -14,11 +14,10 @@ import pytest
 from companions import atod, belief_states
 from conftest import ends_with
 from lab import experiments, figures, tables
-from lab.experiments import DEFAULTS
 from lab.measures import bootstrap_interval
 from lab.runs import Refused
 
-FLAGS = DEFAULTS | {"updates": 8, "eval_problems": 2, "junior": "some/where"}
+FLAGS = experiments.DEFAULTS | {"updates": 8, "eval_problems": 2, "junior": "some/where"}
 MEASURES = dict.fromkeys(["solo", "handoff", "word", *tables.CONTINUED], [1, 0])
 MEASURES |= {"legibility": [0.5, 0.3], "drift": [0.2, 0.1], "right_of_8": [8, 1]}
 GOOD = dict(n=4, accuracy=0.5, jargon=0.5, languages={"en": 0.25, "de": 0.75})
@@ -30,16 +29,16 @@ def write_rows(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_seed(folder, *evaluations, measures=(), flags=(), **added):
+def write_seed(folder, *evaluations, measures=(), flags=(), pair=(), **added):
     """Rows of updates 0, 4, 8, ... with (senior's accuracy, jargon, joint accuracy) of 4 solutions.
 
-    `added` goes into the evaluations of the senior; `measures`: what changes in MEASURES of two
-    problems, at the same updates; `flags` go over FLAGS.
+    `added` goes into the evaluations of the senior, `pair` into those of the pair; `measures`: what
+    changes in MEASURES of two problems, at the same updates; `flags` go over FLAGS.
     """
     rows = []
     for i, (accuracy, jargon, together) in enumerate(evaluations):
         senior = GOOD | {"accuracy": accuracy, "jargon": jargon, "tokens": 30.0} | added
-        tandem = GOOD | {"accuracy": together, "handoffs": 8.0, "handoffs_inside": 2.0}
+        tandem = GOOD | {"accuracy": together, "handoffs": 8.0, "handoffs_inside": 2.0} | dict(pair)
         evaluation = {"senior": senior, "tandem": tandem}
         rows.append({"update": 4 * i, "eval": evaluation, "seconds_eval": 30.0})
     rows[0]["eval"]["junior"] = GOOD | {"accuracy": 0.25}
@@ -66,12 +65,9 @@ def test_differences_by_hand(tmp_path):
         for seed, values in enumerate(seeds):
             flags = {"updates": 0, "validation": "imitation" in arm}
             flags |= {"problems": "others"} if "j0" in arm else {}
-            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), flags=flags)
-            path = tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"
-            row = json.loads(path.read_text())
-            row["eval"]["senior"]["outcomes"] = {"accuracy": values, "jargon": [0, 0]}
-            row["eval"]["tandem"]["outcomes"] = {"accuracy": [int(arm == "reinforce-j1"), 0]}
-            write_rows(path, row)
+            pair = {"outcomes": {"accuracy": [int(arm == "reinforce-j1"), 0]}}
+            options = dict(flags=flags, pair=pair, outcomes={"accuracy": values, "jargon": [0, 0]})
+            write_seed(tmp_path / arm / f"seed-{seed}", (1, 1, 1), **options)
     runs = tables.read_runs(tmp_path, right)
     write_seed(tmp_path / "reinforce-j1" / "seed-2", (1, 1, 1), (1, 1, 1))  # is not as long
     assert draw(tmp_path, "credit", "credit-shuffled") is None
@@ -113,9 +109,8 @@ def test_pooling(tmp_path):
 def test_table(tmp_path):
     """4 evaluations of half a minute. An added metric has a column: a share if every outcome is 0
     or 1, else a mean; "–" where it was not measured."""
-    outcomes = {"short": [1, 0], "lines": [1, 3]}
     for seed, share in enumerate((0.75, 0.25)):
-        added = dict(short=share, lines=1.5 + seed, outcomes=outcomes)
+        added = dict(short=share, lines=1.5 + seed, outcomes={"short": [1, 0], "lines": [1, 3]})
         evaluations = (share, 1, 0), (1 - seed / 2, 0, 1)
         write_seed(tmp_path / "tandem" / f"seed-{seed}", *evaluations, **added)
     write_seed(tmp_path / "solo" / "seed-0", (1, 1, 1))

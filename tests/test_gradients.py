@@ -58,10 +58,9 @@ def walk(schedule: str, p: float) -> SimpleNamespace:
         discarded = torch.cat([discarded, lost], 1)
         tokens, authors = torch.cat([tokens, ids], 1), torch.cat([authors, senior], 1)
     assert probability.sum().item() == pytest.approx(1.0, abs=1e-12)
-    found = SimpleNamespace(theta=theta, logprobs=logprobs, discarded=discarded)
-    found.probability, found.rewards = probability[:, 0], right[history(tokens)]
-    found.rollouts = rollouts_of(tokens, authors)
-    return found
+    rewards, rollouts = right[history(tokens)], rollouts_of(tokens, authors)
+    rest = dict(probability=probability[:, 0], logprobs=logprobs, discarded=discarded)
+    return SimpleNamespace(theta=theta, rewards=rewards, rollouts=rollouts, **rest)
 
 
 def gradients(paths, w: torch.Tensor, junior_weight=0.0, discarded_too=False):

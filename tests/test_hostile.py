@@ -19,19 +19,14 @@ import run_gsm8k
 from conftest import ends_with
 
 
-class Hostile:
-    """A pickle that would make a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 def pickled(path, marker):
     """A pickle that makes the folder `marker` when it is loaded."""
-    torch.save({"update": Hostile(marker), "flags": {}}, path)
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    torch.save({"update": Hostile(), "flags": {}}, path)
 
 
 def with_code(**changes):
@@ -119,7 +114,6 @@ def test_hostile_files_are_refused_and_not_run(copy, base_folder, tmp_path, monk
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     remedy = "(restore|expected|Name a local folder|choose another|holds train.jsonl and test)"
     # All of it is in one line, for a dot matches no line break.
-    message = rf"\Aerror: .*{re.escape(str(folder))}.*{remedy}.*\Z"
-    ends_with(message, run_gsm8k.main, argument)
+    ends_with(rf"\Aerror: .*{re.escape(str(folder))}.*{remedy}.*\Z", run_gsm8k.main, argument)
     assert not marker.exists()
     assert contents(folder) == before

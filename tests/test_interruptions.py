@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 from test_runner import command, everything, metrics, runs_of  # noqa: F401  a fixture
 
-import run_gsm8k
 from conftest import ends_with
 from lab import experiments, jobs, runs
 from run_gsm8k import main
@@ -29,9 +28,8 @@ def finished(base_folder, tmp_path_factory):
 @pytest.fixture
 def copy(finished, command, tmp_path):  # noqa: F811
     """(command that resumes it, run folder) of a copy of that run."""
-    shutil.copytree(finished[1], tmp_path / "copy")
-    resume = [*finished[0], "--out", str(tmp_path / "copy"), "--resume"]
-    return resume, tmp_path / "copy" / "tandem" / "seed-0"
+    out = shutil.copytree(finished[1], tmp_path / "copy")
+    return [*finished[0], "--out", str(out), "--resume"], out / "tandem" / "seed-0"
 
 
 def contents(folder):
@@ -41,12 +39,11 @@ def contents(folder):
 
 def fail_to_replace(patch, name, error):
     """No file of this name can be replaced by its draft."""
-    real = os.replace
 
-    def replace(draft, path):
+    def replace(draft, path, original=os.replace):
         if path.name == name:
             raise error
-        real(draft, path)
+        original(draft, path)
 
     patch.setattr(os, "replace", replace)
 
@@ -131,7 +128,7 @@ def test_a_second_process_is_refused(copy, monkeypatch):
             pass
         held.append(args)
 
-    monkeypatch.setattr(run_gsm8k, "train", second)
+    monkeypatch.setattr("run_gsm8k.train", second)
     main([*copy[0], "--updates", "3"])
     assert held
 

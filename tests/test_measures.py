@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import run_gsm8k
-from conftest import llama, shared_pair, write
+from conftest import llama, real, shared_pair, write
 from lab import engine, measures
 
 ARGS = dict(device="cpu", max_new_tokens=12, seed=0, rollout_batch=2, temperature=1.0)
@@ -25,10 +25,6 @@ def solo(pair):
     return write(pair, PROMPTS, 12, p=1.0, temperature=1.0)
 
 
-def texts_of(solo) -> list[list[int]]:
-    return measures._rows(solo.completion_ids, solo.completion_mask)
-
-
 def logits_after(model, prompt: list[int], text: list[int]) -> torch.Tensor:
     """Plain, before every token of the text, unpadded."""
     with torch.no_grad():
@@ -39,7 +35,7 @@ def test_each_model_reads_its_own_prompt(pair, solo, monkeypatch):
     """legibility and drift of each solution beside plain passes, two solutions at a time."""
     monkeypatch.setattr(engine, "LOGITS_AT_ONCE", 2 * 12 * len(pair.pieces))
     found = measures.compare(solo, pair, temperature=0.5)
-    for i, (asked, other, text) in enumerate(zip(*PROMPTS, texts_of(solo))):
+    for i, (asked, other, text) in enumerate(zip(*PROMPTS, real(solo))):
         senior = logits_after(pair.senior, asked, text)
         junior = logits_after(pair.junior, other, text)
         cross_entropy = torch.nn.functional.cross_entropy(junior, torch.tensor(text)).item()
@@ -58,16 +54,15 @@ def test_the_junior_continues_the_senior(pair, solo):
     under its own prompt, finds likeliest (near temperature 0)."""
     greedy = Namespace(**ARGS | {"temperature": 1e-4})
     continued = measures.continue_solutions(solo, 0.5, greedy, pair)
-    for text, prompt, whole in zip(continued, PROMPTS[1], texts_of(solo)):
+    for text, prompt, whole in zip(continued, PROMPTS[1], real(solo)):
         ids = whole[: len(whole) // 2]
         while len(ids) < 12 and ids[-1:] != pair.end_ids:
             ids.append(logits_after(pair.junior, prompt, [*ids, 0])[-1].argmax().item())
         assert text == b"".join(pair.pieces[token] for token in ids).decode(errors="replace")
     # At a share of 1, nothing is left of the common budget of an unfinished solution.
-    unfinished = [i for i, whole in enumerate(texts_of(solo)) if len(whole) == 12]
+    unfinished = [i for i, whole in enumerate(real(solo)) if len(whole) == 12]
     texts = measures.continue_solutions(solo, 1.0, Namespace(**ARGS), pair)
-    assert unfinished
-    assert [texts[i] for i in unfinished] == [solo.texts[i] for i in unfinished]
+    assert [texts[i] for i in unfinished] == [solo.texts[i] for i in unfinished] != []
 
 
 def test_senior_and_junior_take_turns(pair, monkeypatch):

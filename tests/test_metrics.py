@@ -7,16 +7,15 @@ import torch
 import metrics
 from conftest import rollouts_of
 from lab.problems import LANGUAGES
-from metrics import count_handoffs, language_of
 
 
 def test_language_looks_at_words_only():
-    assert language_of("48/2 = <<48/2=24>>24\n#### 24", LANGUAGES) == "none"
+    assert metrics.language_of("48/2 = <<48/2=24>>24\n#### 24", LANGUAGES) == "none"
     annotated = "<<the house is in the garden>> Das Haus steht im Garten"
-    assert language_of(annotated, ("en", "de")) == "de"
-    assert language_of("Das Haus steht im Garten", ("en", "fr")) in ("en", "fr")
+    assert metrics.language_of(annotated, ("en", "de")) == "de"
+    assert metrics.language_of("Das Haus steht im Garten", ("en", "fr")) in ("en", "fr")
     with pytest.raises(ValueError, match="xx"):
-        language_of("Haus", ("en", "xx"))
+        metrics.language_of("Haus", ("en", "xx"))
 
 
 def test_summary_by_hand(monkeypatch):
@@ -50,7 +49,7 @@ HANDOFFS = {  # spans: handoffs, of these inside an expression, inside a word, i
 def test_handoffs_by_place(text):
     spans = [("SJ"[i % 2], span) for i, span in enumerate(text.split("|"))]
     # A second rollout without a handoff halves the means.
-    halved = count_handoffs([spans, [("S", "1+1")]])
+    halved = metrics.count_handoffs([spans, [("S", "1+1")]])
     assert [2 * mean for mean in halved.values()] == HANDOFFS[text]
 
 

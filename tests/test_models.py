@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
 from math import nan
@@ -15,9 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, Phi3Config
 
 import run_gsm8k
-from conftest import ends_with, llama
+from conftest import ends_with, fill_adapter, gradient_of, llama, load
 from lab import models
-from lab.experiments import DEFAULTS
 from lab.models import encode, identity, lora_layers, reset_adapter
 from lab.specialist import as_rollouts, encode_examples, fine_tune
 from reinforce import loss
@@ -26,25 +24,16 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 IN_BOTH = pytest.mark.parametrize("four_bit", [False, True])
 
 
-def load(senior, junior=None, **changes):
-    flags = {"senior": str(senior), "junior": str(junior or senior), "device": "cpu"}
-    flags |= {"rank": 4, "bfloat16": False} | changes
-    return models.load_pair(Namespace(**DEFAULTS | flags))
-
-
 def move_adapter(pair):
-    """An adapter that does something: B is zero at the start."""
     reset_adapter(pair.senior, seed=0)
-    for layer in lora_layers(pair.senior):
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    fill_adapter(pair.senior, std=0.3)
 
 
 def gradient(pair):
     """That of the loss for two texts."""
     few = as_rollouts([([5, 6], [7, 8, 9]), ([5], [9, 1])], "cpu")
     value, _ = loss(pair.senior, few, few.completion_mask.float(), few.completion_mask.sum(), 0.7)
-    gradients = torch.autograd.grad(value, models.trainable_parameters(pair.senior))
-    return torch.cat([x.flatten() for x in gradients])
+    return gradient_of(value, pair.senior)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,31 +42,26 @@ def gradient(pair):
 
 @IN_BOTH
 def test_one_checkpoint_is_loaded_once(base_folder, four_bit):
+    """One pass serves both: the first half of its rows is the senior's, the rest the junior's, as
+    in their own passes."""
     pair = load(base_folder, four_bit=four_bit)
     base = pair.senior(input_ids=IDS).logits
     assert torch.equal(pair.junior(input_ids=IDS).logits, base)  # a fresh adapter changes nothing
     move_adapter(pair)
     assert not torch.allclose(pair.senior(input_ids=IDS).logits, base, atol=1e-2)
     assert torch.equal(pair.junior(input_ids=IDS).logits, base)
-    # The adapter is on again, and nothing else is trained.
-    pair.senior(input_ids=IDS).logits.sum().backward()
-    trained = {name for name, p in pair.senior.named_parameters() if p.grad is not None}
-    assert trained == {name for name, _ in pair.senior.named_parameters() if "lora_" in name}
-    kinds = {type(module).__name__ for module in pair.senior.modules()}
-    assert ("Linear4bit" in kinds) == four_bit
-
-
-@IN_BOTH
-def test_one_pass_serves_both(base_folder, four_bit):
-    """The first half of the rows is the senior's, the rest the junior's, as in their own passes."""
-    pair = load(base_folder, four_bit=four_bit)
-    move_adapter(pair)
     ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [20, 30, 40, 50], [4, 4, 9, 9]])
     with torch.no_grad():
         both, senior = pair.both(input_ids=ids).logits, pair.senior(input_ids=ids).logits
         apart = torch.cat([senior[:2], pair.junior(input_ids=ids[2:]).logits])
     assert torch.allclose(both, apart, atol=1e-4)
     assert not torch.allclose(both, senior, atol=1e-2)
+    # The adapter is on again, and nothing else is trained.
+    pair.senior(input_ids=IDS).logits.sum().backward()
+    trained = {name for name, p in pair.senior.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in pair.senior.named_parameters() if "lora_" in name}
+    kinds = {type(module).__name__ for module in pair.senior.modules()}
+    assert ("Linear4bit" in kinds) == four_bit
 
 
 @IN_BOTH
@@ -142,11 +126,10 @@ def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
     (two / "chat_template.jinja").write_text("{{ messages }}")
     assert identity(two) != before
     # A file of 100 MB is read in parts.
-    names = []
-    for content in (b"0", b"1"):
-        (one / "model.safetensors").write_bytes(content * 10**8)
-        names.append(identity(one))
-    assert names[0] != names[1]
+    (one / "model.safetensors").write_bytes(b"0" * 10**8)
+    before = identity(one)
+    (one / "model.safetensors").write_bytes(b"1" * 10**8)
+    assert identity(one) != before
     # A base on the hub is named by its commit.
     file = tmp_path / "snapshots" / "0123456789abcdef" / "config.json"
     monkeypatch.setattr(models.transformers.utils, "cached_file", lambda *_: str(file))
@@ -156,12 +139,11 @@ def test_a_name_changes_with_the_weights(base_folder, tmp_path, monkeypatch):
 def test_a_specialist_belongs_to_the_weights_of_its_base(command, base_folder, tmp_path):  # noqa: F811
     """A base in place of another gets a specialist of its own."""
     base = shutil.copytree(base_folder, tmp_path / "final")
-    run = [*command, "--senior", str(base), "--junior", str(base), "--arms", "tandem"]
     for seed in (1, 2):
         shutil.rmtree(tmp_path / "runs" / "tandem", ignore_errors=True)
         retrain(base, seed)
         run_gsm8k._pair.clear()
-        run_gsm8k.main(run)
+        run_gsm8k.main([*command, "--senior", str(base), "--junior", str(base), "--arms", "tandem"])
         assert len(list((tmp_path / "runs" / "specialist").glob("en-seed-0-*/adapter.pt"))) == seed
 
 
@@ -199,26 +181,26 @@ def test_a_base_is_refused_before_fine_tuning(command, base_folder, tmp_path, mo
     assert not (tmp_path / "runs" / "specialist").exists()
 
 
-@pytest.mark.parametrize("fault", ["logits are capped", "logits are scaled", "no positions"])
+# What a model does with its logits after the output layer.
+FAULTS = {"capped": torch.tanh, "scaled": lambda logits: logits * 1.05, "no positions": lambda x: x}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_what_differs_from_a_plain_pass_is_refused(base_folder, monkeypatch, fault):
     """Gemma 2 caps its logits after the output layer, which lab/engine.py would miss, in bfloat16
     even if it changes them little. Padding on the left needs a model that heeds the positions it is
     given: here all are zero."""
-    real = LlamaForCausalLM.forward
 
-    def forward(self, *args, position_ids=None, **kwargs):
+    def forward(self, *args, position_ids=None, original=LlamaForCausalLM.forward, **kwargs):
         if fault == "no positions" and position_ids is not None:
             position_ids = 0 * position_ids
-        output = real(self, *args, position_ids=position_ids, **kwargs)
-        if fault == "logits are capped":
-            output.logits = output.logits.tanh()
-        if fault == "logits are scaled":
-            output.logits = output.logits * 1.05
+        output = original(self, *args, position_ids=position_ids, **kwargs)
+        output.logits = FAULTS[fault](output.logits)
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM\) cannot be .*it does not compute"):
-        load(base_folder, bfloat16=fault == "logits are scaled")
+        load(base_folder, bfloat16=fault == "scaled")
 
 
 # The distances under three adapters, and whether the pair is accepted.

@@ -40,6 +40,7 @@ qwen tandem senior accuracy 20 | qwen tandem senior jargon 0 | qwen tandem senio
 qwen tandem junior accuracy 0 | qwen tandem tandem accuracy 0 | qwen tandem tandem accuracy 20
 qwen/languages de-fr-tandem senior languages.fr 6
 qwen/grpo grpo-tandem senior jargon 20 | qwen/grpo grpo-solo senior jargon 20
+qwen/grpo grpo-solo senior accuracy 20 | qwen/grpo grpo-tandem senior accuracy 20
 tiny tandem senior jargon 12
 tiny tandem senior jargon 0 | tiny tandem senior accuracy 0 | tiny tandem junior accuracy 0
 tiny tandem tandem accuracy 0 | controls reinforce-j1 senior accuracy 0
@@ -248,8 +249,9 @@ def test_gains_of_the_readers_are_those_of_the_file():
         assert cells == [*found, ", ".join(right)]
 
 
-def full_tables(root: Path) -> dict[str, str]:
-    """{ending: text}: every arm in the folders below root with all columns, and all evaluations."""
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
+def test_full_tables_are_those_of_the_files(root, tmp_path):
+    """Every arm in the folders below root with all columns, and all evaluations."""
     parts, evaluations = [], {}
     for folder in sorted({path.parents[2] for path in root.rglob("metrics.jsonl")}):
         runs = tables.read_runs(folder, tables.arms_in(folder))
@@ -258,12 +260,7 @@ def full_tables(root: Path) -> dict[str, str]:
             parts += [f"# {name}", tables.all_tables(folder, runs)]
             evaluations[name] = tables.evaluations(folder)
     csv = pd.concat(evaluations, names=["folder"]).droplevel(1).to_csv(lineterminator="\n")
-    return {"md": "\n\n".join(parts) + "\n", "csv": csv}
-
-
-@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
-def test_full_tables_are_those_of_the_files(root, tmp_path):
-    for ending, text in full_tables(root).items():
+    for ending, text in {"md": "\n\n".join(parts) + "\n", "csv": csv}.items():
         committed = HERE / "results" / "tables" / f"{root.name}.{ending}"
         (made := tmp_path / committed.name).write_text(text, encoding="utf-8")
         assert committed.read_text(encoding="utf-8") == text, f"cp {made} {committed}"

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import reinforce
-from conftest import llama, rollouts_of
+from conftest import gradient_of, llama, rollouts_of
 from lab import engine
-from lab.engine import FrozenOutputLayer, completion_logprobs, micro_batches
 from reinforce import group_advantages, kl_estimate, outcome_weights, token_weights
 from rollout import Rollouts
 
@@ -32,15 +31,10 @@ def weights_of(rollouts, wrong_weight=-0.3, junior_weight=0.5, rewards=REWARDS):
 
 def loss_and_gradient(model, rollouts, weights, micro_tokens=1000):
     """By micro-batches, as the training loop makes them."""
-    parts = micro_batches(rollouts, weights, micro_tokens)
+    parts = engine.micro_batches(rollouts, weights, micro_tokens)
     num_tokens = rollouts.completion_mask.sum()
     total = sum(reinforce.loss(model, few, w, num_tokens, 0.7)[0] for few, w in parts)
     return total.item(), gradient_of(total, model)
-
-
-def gradient_of(value, model) -> torch.Tensor:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
 
 
 # Two rollouts: by senior, junior, senior, and by junior, senior and padding.
@@ -71,9 +65,9 @@ def test_loss_by_hand():
     weights = rollouts.completion_mask * torch.tensor([[1.0], [0], [0], [-0.5], [0]]).double()
     value, _ = loss_and_gradient(model, rollouts, weights)
     assert value == pytest.approx(math.log(8) / 42, rel=1e-12)
-    assert [few.texts for few, _ in micro_batches(rollouts, weights, 1)] == [["a"], ["d"]]
+    assert [few.texts for few, _ in engine.micro_batches(rollouts, weights, 1)] == [["a"], ["d"]]
     # A KL penalty needs every rollout.
-    assert len(micro_batches(rollouts, 0 * weights, 1, keep_all=True)) == 5
+    assert len(engine.micro_batches(rollouts, 0 * weights, 1, keep_all=True)) == 5
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 1000, 2**24])
@@ -93,8 +87,7 @@ def test_fast_and_plain_loss_are_equal(make_model, tokenizer, at_once, kl, monke
     weights, num_tokens = weights_of(rollouts), torch.tensor(30)
     ours, logprobs = reinforce.loss(model, rollouts, weights, num_tokens, 0.7, junior, kl)
     plain = reinforce.plain_logprobs(model, rollouts, 0.7)
-    read = reinforce.plain_logprobs(junior, rollouts.as_read_by_junior(), 0.7).detach()
-    d = read - plain
+    d = reinforce.plain_logprobs(junior, rollouts.as_read_by_junior(), 0.7).detach() - plain
     theirs = -(weights * plain - kl * (d.exp() - 1 - d) * rollouts.senior_mask).sum() / num_tokens
     gradient = gradient_of(ours, model)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
@@ -102,7 +95,7 @@ def test_fast_and_plain_loss_are_equal(make_model, tokenizer, at_once, kl, monke
     assert torch.allclose(gradient, gradient_of(theirs, model), atol=1e-9, rtol=1e-7)
     assert torch.allclose(logprobs, plain * rollouts.completion_mask)
     with torch.no_grad():
-        assert torch.equal(completion_logprobs(model, rollouts, 0.7), logprobs)
+        assert torch.equal(engine.completion_logprobs(model, rollouts, 0.7), logprobs)
 
 
 def test_half_precision_sums_in_float32():
@@ -112,7 +105,7 @@ def test_half_precision_sums_in_float32():
     states, found = torch.randn(6, 16), []
     for dtype in (torch.float32, torch.bfloat16):
         leaf = states.to(dtype).requires_grad_()
-        logprobs = FrozenOutputLayer.apply(head.to(dtype), leaf, torch.arange(6), 0.7)
+        logprobs = engine.FrozenOutputLayer.apply(head.to(dtype), leaf, torch.arange(6), 0.7)
         assert logprobs.dtype == torch.float32
         found.append((logprobs, torch.autograd.grad(logprobs.sum(), leaf)[0].float()))
     for exact, rounded in zip(*found):
@@ -136,7 +129,7 @@ def test_micro_batches_padding_and_order(make_model, tokenizer, micro_tokens, pa
         setattr(wide, name, torch.cat(columns, 1).flip(0))
     for batch, rewards in ((rollouts, REWARDS), (wide, REWARDS.flip(0))):
         weights = weights_of(batch, rewards=rewards)
-        names = [few.texts for few, _ in micro_batches(batch, weights, micro_tokens)]
+        names = [few.texts for few, _ in engine.micro_batches(batch, weights, micro_tokens)]
         assert (len(names), sorted(sum(names, []))) == (parts, batch.texts)
         part_value, part_gradient = loss_and_gradient(model, batch, weights, micro_tokens)
         assert part_value == pytest.approx(value, rel=1e-10)

@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import rollout as module
-from conftest import COMMON, llama, make_pair, shared_pair, write
+from conftest import COMMON, llama, make_pair, real, shared_pair, with_authors, write
 from lab import engine
 from reinforce import completion_logprobs
 from rollout import random_numbers, reference_rollout, rollout, sample
@@ -37,12 +37,6 @@ def pair(tokenizer):
     return two(llama, tokenizer)
 
 
-def real(rollouts, name="completion_ids") -> list[list[int]]:
-    """Every row of a field without its padding."""
-    mask = getattr(rollouts, name.replace("ids", "mask").replace("senior", "completion")).bool()
-    return [row[kept].tolist() for row, kept in zip(getattr(rollouts, name), mask)]
-
-
 def same(one, other) -> bool:
     """Whether two batches are equal in every field."""
     return all(torch.as_tensor(x == getattr(other, name)).all() for name, x in vars(one).items())
@@ -58,9 +52,7 @@ def test_against_the_reference(make_model, prompts, tokenizer, p):
     rollouts = write(pair, prompts, 40, p=p, trace=trace)
     for row, asked in enumerate(zip(*prompts)):
         expected = reference_rollout(pair, *asked, noise[:, :, row], coins[:, row], p, T)
-        assert real(rollouts)[row] == [token for token, _ in expected]
-        authors = [author == "senior" for _, author in expected]
-        assert real(rollouts, "senior_mask")[row] == authors
+        assert with_authors(rollouts)[row] == expected
         # Nothing but padding follows.
         for tensor in (rollouts.completion_ids, rollouts.completion_mask, rollouts.senior_mask):
             assert tensor[row, len(expected) :].sum() == 0
@@ -75,8 +67,7 @@ def test_a_single_writer(pair, prompts):
     """
     senior = write(pair, prompts, p=1.0)
     for schedule in SCHEDULES:
-        alone = write(replace(pair, junior=None), prompts, p=1.0, schedule=schedule)
-        assert same(alone, senior)
+        assert same(write(replace(pair, junior=None), prompts, p=1.0, schedule=schedule), senior)
     assert torch.equal(senior.senior_mask, senior.completion_mask)
     assert write(replace(pair, senior=None), prompts, p=0.0).senior_mask.sum() == 0
     noise, coins = random_numbers(6, 14, seed=2)

@@ -39,10 +39,9 @@ def command(base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(terminal.figures, "draw_all", lambda *_: None)
     for state in (terminal.durations, terminal.updates_left, terminal.running):
         state.clear()  # of the last test
-    sizes = "--device cpu --jobs 1 --updates 2 --batch 8 --eval-problems 4 --eval-every 2"
-    sizes += " --max-new-tokens 8 --specialist-steps 2 --specialist-batch 4"
-    sizes += f" --senior {base_folder} --junior {base_folder} --out {tmp_path}/runs"
-    return f"--setting skill {sizes}".split()
+    sizes = "--setting skill --device cpu --jobs 1 --updates 2 --batch 8 --eval-problems 4"
+    sizes += " --eval-every 2 --max-new-tokens 8 --specialist-steps 2 --specialist-batch 4"
+    return f"{sizes} --senior {base_folder} --junior {base_folder} --out {tmp_path}/runs".split()
 
 
 def metrics(out, arm="tandem"):
@@ -94,8 +93,7 @@ def test_a_run_leaves_what_the_contract_says(command, base_folder, tmp_path, mon
     saved = dict(PeftModel.from_pretrained(base, folder / "adapter").named_parameters())
     for name, tensor in torch.load(folder / "state.pt")["adapter"].items():
         assert torch.equal(saved[name.replace(".weight", ".default.weight")], tensor)
-    drawn = {path.suffix for path in (out / "figures").iterdir()}
-    assert drawn >= {".png", ".pdf", ".html"}
+    assert {path.suffix for path in (out / "figures").iterdir()} >= {".png", ".pdf", ".html"}
 
 
 def test_all_arms_of_all_settings(command, tmp_path, monkeypatch, capsys):
@@ -218,13 +216,12 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
     """When the gradient is clipped, it is that of plain_logprobs, in all micro-batches together."""
     for name, value in (changes | {"micro_tokens": 100}).items():
         monkeypatch.setitem(experiments.DEFAULTS, name, value)
-    values = cycle([1.0] + [0.0] * 7)  # a group of 4 has nothing to learn from
-    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
+    # A group of 4 has nothing to learn from.
+    monkeypatch.setattr(run_gsm8k, "reward", Mock(side_effect=cycle([1.0] + [0.0] * 7)))
     found, expected, flat = [], [], torch.nn.utils.parameters_to_vector
-    real_weights, real_clip = run_gsm8k.token_weights, torch.nn.utils.clip_grad_norm_
 
-    def weights_spy(rollouts, *rest):
-        (pair,), weights = PAIR, real_weights(rollouts, *rest)
+    def weights_spy(rollouts, *rest, original=run_gsm8k.token_weights):
+        (pair,), weights = PAIR, original(rollouts, *rest)
         logprobs = plain_logprobs(pair.senior, rollouts, 0.7)
         total = -(weights * logprobs).sum()
         if kl := changes.get("kl"):
@@ -234,9 +231,9 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
         expected.append(flat(torch.autograd.grad(plain, trainable_parameters(pair.senior))))
         return weights
 
-    def clip_spy(parameters, norm):
+    def clip_spy(parameters, norm, original=torch.nn.utils.clip_grad_norm_):
         found.append(flat([parameter.grad for parameter in parameters]))
-        return real_clip(parameters, norm)
+        return original(parameters, norm)
 
     monkeypatch.setattr(run_gsm8k, "token_weights", weights_spy)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
@@ -248,12 +245,11 @@ def test_the_loop_has_the_gradient_of_the_definition(command, changes, monkeypat
 
 def test_shuffled_rewards(command, monkeypatch, tmp_path):
     """As many right rollouts, but others. The row reports the true rewards."""
-    given, weighted, real = [1.0] * 3 + [0.0] * 5, [], run_gsm8k.outcome_weights
-    values = cycle(given)
-    monkeypatch.setattr(run_gsm8k, "reward", lambda text, gold: next(values))
-    spy = lambda rewards, c: weighted.append(rewards.tolist()) or real(rewards, c)  # noqa: E731
+    given, spy = [1.0] * 3 + [0.0] * 5, Mock(wraps=run_gsm8k.outcome_weights)
+    monkeypatch.setattr(run_gsm8k, "reward", Mock(side_effect=cycle(given)))
     monkeypatch.setattr(run_gsm8k, "outcome_weights", spy)
     run_gsm8k.main([*command, "--setting", "control", "--arms", "shuffled"])
+    weighted = [call.args[0].tolist() for call in spy.call_args_list]
     assert [sum(rewards) for rewards in weighted] == [3, 3]
     assert len({tuple(rewards) for rewards in [given, *weighted]}) == 3
     assert metrics(tmp_path / "runs", "shuffled")[1]["reward"] == 3 / 8
@@ -370,8 +366,7 @@ def test_the_prompts_of_the_preset_qwen(tokenizer, tmp_path, monkeypatch):
     which are never evaluated. Without fine-tuning, one model is asked alike."""
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     flags = f"--preset qwen --problems {gsm8k(tmp_path, n=80, steps=2)} --eval-problems 7 --batch 8"
-    is_validation = lambda question: "validation" if "0 of" in question else "train"  # noqa: E731
-    monkeypatch.setattr(tasks, "split_of", is_validation)
+    monkeypatch.setattr(tasks, "split_of", lambda q: "validation" if "0 of" in q else "train")
     senior, junior = asked(runs_of(f"--setting skill {flags}")[0], tokenizer)
     assert re.fullmatch(r"Question: What is 1\+1 in line [0-9]+ of train\?\nAnswer:", senior)
     assert junior.count("<assistant>") == 4
@@ -421,13 +416,12 @@ BAD = """--device gpu | --device cuda:99 | --out= | --out=a\\nb | --out /dev/nul
 
 
 @pytest.mark.parametrize("given", BAD.replace("\n", " | ").split(" | "))
-def test_bad_flags_are_named(given, base_folder, tmp_path, monkeypatch, capsys):
+def test_bad_flags_are_named(given, command, monkeypatch, capsys):
     """In one line, before anything long."""
     monkeypatch.setattr(run_gsm8k, "train", Mock(side_effect=AssertionError))
-    command = f"--setting skill --arms tandem --device cpu --updates 1 --batch 8 --out {tmp_path}"
-    command += f" --senior {base_folder} --junior {base_folder}"
     with pytest.raises(SystemExit) as stop:
-        run_gsm8k.main([*command.split(), *given.replace("\\n", "\n").split(" ")])
+        # --arms comes first: at the end it would take "stray" for an arm.
+        run_gsm8k.main(["--arms", "tandem", *command, *given.replace("\\n", "\n").split(" ")])
     # argparse prints its message and exits with 2; all others exit with their message.
     printed = capsys.readouterr().err.splitlines()
     message = printed[-1] if stop.value.code == 2 else stop.value.code

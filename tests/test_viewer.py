@@ -11,7 +11,7 @@ import torch
 
 from conftest import rollouts_of
 from lab import viewer
-from lab.runs import Refused
+from lab.runs import Refused, read_rows
 from rollout import Pair
 
 ROOT = Path(__file__).parent.parent
@@ -106,9 +106,8 @@ RANKS |= {"right wrong-j right-j": 2, "right right-j right": 1, "right right wro
 
 @pytest.mark.parametrize("verdicts", RANKS)
 def test_the_rank_of_an_example(verdicts):
-    rollouts = []
-    for who, verdict in zip(["senior", *["tandem"] * 3], verdicts.split()):
-        rollouts.append({"who": who, "right": "right" in verdict, "jargon": "-j" in verdict})
+    written = zip(["senior", *["tandem"] * 3], verdicts.split())
+    rollouts = [{"who": who, "right": "right" in v, "jargon": "-j" in v} for who, v in written]
     assert viewer.rank_example(rollouts) == RANKS[verdicts]
 
 
@@ -118,8 +117,7 @@ def test_the_example_was_kept_during_training(folder):
     sample = dict(update=0, who="senior", question="once", gold="7", reward=1, spans=[])
     joint = sample | {"who": "tandem", "reward": 0, "spans": [["senior", "<<7=7>>"]]}
     # Without the senior alone, all the others have rank 0.
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in map(json.loads, lines) if row["who"] == "tandem"]
+    kept = [row for row in read_rows(path) if row["who"] == "tandem"]
     rows = [*kept, sample, joint, joint | {"update": 28, "reward": 1, "spans": []}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (question, _), rollouts, why = viewer.choose_example(folder)
