@@ -91,6 +91,9 @@ class CachedModel:
         # Padding does not count as a position: a row must not depend on the longest prompt.
         self.position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, self.mask.shape[1]))
+        # Only the logits at the last position are needed. With an integer instead of a tensor,
+        # the models would take a slice for which PyTorch copies the output layer once per row.
+        self.last = torch.tensor([-1], device=device)
         # What the prompts of a role have in common at their beginning, less than any prompt has.
         common = [os.path.commonprefix([one[:-1] for one in role]) for role in prompts_by_role]
         shared = min(map(len, common))
@@ -120,9 +123,7 @@ class CachedModel:
         start, self.length = self.length, self.length + ids.shape[1]
         inputs = dict(input_ids=ids, attention_mask=self.mask[:, : self.length])
         inputs |= dict(position_ids=self.position_ids[:, start : self.length])
-        # Only the logits at the last position are needed. With an integer instead of a tensor,
-        # the models would take a slice for which PyTorch copies the output layer once per row.
-        inputs |= {"logits_to_keep": ids.new_tensor([-1]), "use_cache": True, CACHE: self.cache}
+        inputs |= {"logits_to_keep": self.last, "use_cache": True, CACHE: self.cache}
         self.logits = self.model(**inputs).logits[:, -1].chunk(self.num_roles)  # (B, V) per role
 
     def select_rows(self, kept: list[int]) -> None:
